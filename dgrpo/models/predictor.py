@@ -1,0 +1,213 @@
+"""The one question a masked diffusion model answers: what are the hidden tokens of this picture?
+
+Shapes: U distinct pictures, L tokens in each, Q asked positions, T scored tokens, V vocabulary, d width.
+A position is a flat index into the U * L tokens of the pictures, and always means the token that is *predicted*
+there; families whose logits are shifted by one (Dream) read the hidden state of the neighbour, here and nowhere else.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
+from transformers.modeling_outputs import MaskedLMOutput
+
+# Two float32 [rows, V] buffers of at most this size live at once while scoring; larger jobs go through in chunks.
+MAX_LOGITS_BYTES = 48 * 2**20
+
+
+class ScoringPass(NamedTuple):
+    """What one pass through the network shows and asks: U pictures, Q positions, T targets on these positions."""
+
+    input_ids: Tensor  # [U, L]
+    attention_mask: Tensor | None  # [U, L]; None when nothing is padded
+    positions: Tensor  # [Q], ascending, distinct
+    target_index: Tensor  # [T], ascending: the asked position (0..Q-1) on which targets[t] is scored
+    targets: Tensor  # [T]
+
+
+class Scores(NamedTuple):
+    """Answers to a ScoringPass, float32: log p(target) for each target, entropy of each asked position."""
+
+    logps: Tensor  # [T]
+    entropy: Tensor  # [Q]
+
+
+def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Float32 logits [rows, V]: products of the stored precision, summed and kept in float32.
+
+    Logits rounded to bf16 are spaced 0.06 to 0.12 apart at the sizes that LLaDA produces, which would step the ratio
+    by several percent.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.dtype == torch.float32:
+            return F.linear(hidden.float(), weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+        return F.linear(hidden.float(), weight.float())
+
+
+def _rows_per_chunk(vocab_size: int) -> int:
+    return max(1, MAX_LOGITS_BYTES // (4 * vocab_size))
+
+
+def _chunks(num_rows: int, vocab_size: int, target_index: Tensor) -> list[tuple[slice, slice]]:
+    """Slices of the asked positions and of the targets that fall on them."""
+    step = _rows_per_chunk(vocab_size)
+    if num_rows <= step:
+        return [(slice(0, num_rows), slice(0, len(target_index)))]
+    starts = torch.arange(0, num_rows, step, device=target_index.device)
+    bounds = [*torch.searchsorted(target_index, starts).tolist(), len(target_index)]
+    rows = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+    return [(row, slice(bounds[i], bounds[i + 1])) for i, row in enumerate(rows)]
+
+
+class _FrozenHeadScores(torch.autograd.Function):
+    """Scores under a head that is not trained, without keeping or recomputing [rows, V] for the backward pass.
+
+    d log p(t) / d h = W[t] - E_p[W] and dH / d h = -E_p[(log p + H) W] are linear in what comes back, so the
+    expectations are taken while the chunk's probabilities exist. The weight is not needed in the backward pass,
+    where ZeRO-3 would have partitioned it again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target_index, targets, temperature, entropy_grad):
+        needs_grad = ctx.needs_input_grad[0]
+        logps = hidden.new_empty(targets.shape, dtype=torch.float32)
+        entropy = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
+        mean_row = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
+        entropy_row = torch.empty_like(mean_row) if needs_grad and entropy_grad else None
+        for rows, scored in _chunks(len(hidden), len(weight), target_index):
+            logits = float_logits(hidden[rows], weight)
+            if temperature != 1:
+                logits /= temperature
+            logits -= logits.amax(-1, keepdim=True)
+            index = target_index[scored] - rows.start
+            target_logits = logits[index, targets[scored]]
+            probs = logits.exp()
+            total = probs.sum(-1, keepdim=True)
+            log_total = total.log()
+            logps[scored] = target_logits - log_total[index, 0]
+            probs /= total
+            entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(probs, logits)
+            if needs_grad:
+                mean_row[rows] = probs.to(weight.dtype) @ weight
+            if entropy_row is not None:
+                logits += (entropy[rows] - log_total[:, 0])[:, None]
+                entropy_row[rows] = (probs * logits).to(weight.dtype) @ weight
+        if needs_grad:
+            saved = [target_index, mean_row, weight[targets]] + ([] if entropy_row is None else [entropy_row])
+            ctx.save_for_backward(*saved)
+            ctx.temperature, ctx.dtype = temperature, hidden.dtype
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        target_index, mean_row, target_rows, *entropy_row = ctx.saved_tensors
+        per_position = mean_row.new_zeros(len(mean_row)).index_add_(0, target_index, grad_logps)
+        grad = mean_row * -per_position[:, None]
+        grad.index_add_(0, target_index, target_rows.float() * grad_logps[:, None])
+        if entropy_row:
+            grad -= entropy_row[0] * grad_entropy[:, None]
+        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None, None
+
+
+def _plain_scores(hidden: Tensor, weight: Tensor, target_index: Tensor, targets: Tensor, temperature: float):
+    log_probs = (float_logits(hidden, weight) / temperature).log_softmax(-1)
+    return log_probs[target_index, targets], -(log_probs.exp() * log_probs).sum(-1)
+
+
+class ScoringHead(nn.Linear):
+    """An output head that also scores targets in float32 without a [rows, V] tensor above MAX_LOGITS_BYTES.
+
+    It is called as a module so that ZeRO-3 and FSDP gather its weight around the whole call.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        target_index: Tensor | None = None,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> Tensor | Scores:
+        """Float32 logits [..., V] of hidden states, or Scores when `targets` [T] and `target_index` [T] are given."""
+        if targets is None:
+            return float_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            scored = _FrozenHeadScores.apply(hidden, self.weight, target_index, targets, temperature, entropy_grad)
+            return Scores(*scored)
+        chunks = _chunks(len(hidden), len(self.weight), target_index)
+        parts = []
+        for rows, scored in chunks:
+            asked = (hidden[rows], self.weight, target_index[scored] - rows.start, targets[scored], temperature)
+            many = len(chunks) > 1
+            parts.append(checkpoint(_plain_scores, *asked, use_reentrant=False) if many else _plain_scores(*asked))
+        logps, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Scores(logps, entropy if entropy_grad else entropy.detach())
+
+
+def _refuse_generate(*args, **kwargs):
+    raise TypeError("Masked diffusion models are sampled by dgrpo.generate, not by transformers' generate().")
+
+
+class MaskPredictor:
+    """What every family adds to its transformers class: answers at chosen positions instead of logits everywhere.
+
+    A family provides `hidden_states(input_ids, attention_mask, position_ids, past_key_values)` [U, L, d] after the
+    final norm, a `ScoringHead` as output embedding, and `logit_shift` (1 when position i predicts token i + 1).
+    """
+
+    logit_shift = 0
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+        # PEFT's causal wrapper looks this up when it is built. Set on the instance: a method of the class would make
+        # transformers treat the model as one that its own generate() can drive.
+        self.prepare_inputs_for_generation = _refuse_generate
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        positions: Tensor | None = None,
+        passes: list[ScoringPass] | None = None,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        **unused,
+    ):
+        """Scores of each of `passes`; or float32 logits [Q, V] at `positions`; or all logits [U, L, V].
+
+        Several passes are checkpointed one by one: activations of one pass live at a time, for one more forward.
+        """
+        if given := [name for name, value in unused.items() if value is not None and value is not False]:
+            raise TypeError(f"A mask predictor's forward does not take {', '.join(given)}.")
+        if passes is not None:
+            if len(passes) == 1 or not torch.is_grad_enabled():
+                return [self._score(each, temperature, entropy_grad) for each in passes]
+            return [checkpoint(self._score, each, temperature, entropy_grad, use_reentrant=False) for each in passes]
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values)
+        head = self.get_output_embeddings()
+        if positions is None:
+            if self.logit_shift:
+                hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
+            return MaskedLMOutput(logits=head(hidden))
+        return head(self._rows(hidden, positions))
+
+    def _rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [Q, d] that predict the tokens at `positions`."""
+        if self.logit_shift:
+            positions = positions - ((positions % hidden.shape[1]) > 0).long()
+        return hidden.flatten(0, 1)[positions]
+
+    def _score(self, asked: ScoringPass, temperature: float, entropy_grad: bool) -> Scores:
+        hidden = self.hidden_states(asked.input_ids, asked.attention_mask)
+        rows = self._rows(hidden, asked.positions)
+        return self.get_output_embeddings()(rows, asked.target_index, asked.targets, temperature, entropy_grad)

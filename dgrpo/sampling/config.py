@@ -1,0 +1,83 @@
+"""Settings of the reverse process."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a completion is denoised. The defaults are LLaDA's published procedure and are exact.
+
+    `remasking` is the field's word for the order of commitment; a committed token is never hidden again.
+    """
+
+    max_completion_length: int = 128
+    # Blocks are denoised from left to right; within a block any position may come first.
+    block_length: int = 32
+    # Denoising steps over the whole completion, shared equally by the blocks.
+    diffusion_steps: int = 128
+    # 0 takes the most likely token; T draws from softmax(logits / T).
+    temperature: float = 0.0
+    # Which open positions to commit: most probable drawn token, at random, least entropy, or widest margin between
+    # the two most probable tokens (the last two are Dream's).
+    remasking: Remasking = "low_confidence"
+    # Classifier-free guidance: logits = unconditional + (1 + cfg_scale) * (conditional - unconditional).
+    cfg_scale: float = 0.0
+    # Rows stop after the block in which they ended; tokens up to the first end-of-text token are not affected.
+    stop_at_eos: bool = True
+    # LLaDA's evaluation switches: never draw EOS; commit end-of-text tokens last.
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    # Approximations, all opt-in. Keys and values of the finished prefix ("prefix"), or of everything outside the
+    # block ("dual"), are reused within a block (Fast-dLLM, arXiv:2505.22618) and refreshed every `cache_refresh`
+    # steps (None: at the start of each block; 1: every step, which is exact).
+    cache: Literal["prefix", "dual"] | None = None
+    cache_refresh: int | None = None
+    # Parallel decoding, one of three: commit every token at least this probable; the longest prefix of the sorted
+    # confidences with (n + 1) * (1 - c_n) < factor (Fast-dLLM); or while sum(H) - max(H) stays within a bound in nats
+    # (EB-Sampler, arXiv:2505.24857). At least one token is committed; `diffusion_steps` no longer counts.
+    threshold: float | None = None
+    factor: float | None = None
+    entropy_bound: float | None = None
+
+    def __post_init__(self):
+        def refuse(field: str, remedy: str):
+            raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
+
+        for field in ("max_completion_length", "block_length", "diffusion_steps"):
+            if getattr(self, field) < 1:
+                refuse(field, "must be at least 1.")
+        if self.max_completion_length % self.block_length:
+            refuse("block_length", f"must divide max_completion_length={self.max_completion_length}.")
+        num_blocks = self.max_completion_length // self.block_length
+        if self.diffusion_steps < num_blocks:
+            refuse(
+                "diffusion_steps", f"each of the {num_blocks} blocks needs a step; raise it to {num_blocks} or more."
+            )
+        if self.diffusion_steps % num_blocks:
+            refuse("diffusion_steps", f"must be a multiple of the number of blocks, {num_blocks}.")
+        if self.temperature < 0:
+            refuse("temperature", "must be 0 (greedy) or positive.")
+        if self.cfg_scale < 0:
+            refuse("cfg_scale", "must be 0 (off) or positive.")
+        if self.remasking not in ("low_confidence", "random", "entropy", "topk_margin"):
+            refuse("remasking", "choose low_confidence, random, entropy or topk_margin.")
+        if self.cache not in (None, "prefix", "dual"):
+            refuse("cache", "choose prefix or dual, or leave it out for the exact sampler.")
+        if self.cache_refresh is not None and (self.cache is None or self.cache_refresh < 1):
+            refuse("cache_refresh", "needs cache=prefix or cache=dual and at least 1 step between refreshes.")
+        if self.cache is not None and self.cfg_scale:
+            refuse("cache", "does not go with cfg_scale; guidance would need a second cache. Drop one of the two.")
+        if sum(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound)) > 1:
+            refuse("threshold", "set only one of threshold, factor and entropy_bound.")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.max_completion_length // self.block_length
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the model's confidence, not `diffusion_steps`, decides how many tokens a step commits."""
+        return (self.threshold, self.factor, self.entropy_bound) != (None, None, None)

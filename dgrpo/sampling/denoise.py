@@ -1,0 +1,226 @@
+"""The reverse process: from an empty canvas to a completion, block by block.
+
+Shapes: B rollouts, P prompt tokens (padded on the left), C completion tokens, L = P + C; b rows still being denoised,
+n positions of the current block that may be chosen, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dgrpo.sampling.cache import WindowCache
+from dgrpo.sampling.config import SamplerConfig
+from dgrpo.sampling.draw import commit_budget, commit_parallel, confidence_of, draw_tokens, uniform
+
+# The draw of a token and that of a random order, at one (row, step, position), must not share their noise.
+_ORDER_STREAM = 1 << 40
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and gradients off inside; every module's training mode as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def tokens_per_step(num_open: Tensor, steps: int) -> Tensor:
+    """How many tokens each of `steps` steps commits, [B, steps]: equal shares, the remainder to the first steps."""
+    share, rest = num_open // steps, num_open % steps
+    return share[:, None] + (torch.arange(steps) < rest[:, None]).long()
+
+
+class Denoiser:
+    """One batch on its way from all hidden to all revealed, and the trace of it.
+
+    `any_rank(flag)` tells whether the flag is true on any process; every process then makes the same number of
+    passes, as ZeRO-3 and FSDP need. Alone, it is `bool`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SamplerConfig,
+        canvas: Tensor,
+        prompt_mask: Tensor,
+        keys: Tensor,
+        end_ids: Tensor,
+        any_rank: Callable[[bool], bool] = bool,
+    ):
+        self.model, self.config, self.any_rank, self.end_ids = model, config, any_rank, end_ids
+        self.prompt_width = prompt_mask.shape[1]
+        self.mask_token_id, self.num_words = model.config.mask_token_id, model.config.vocab_size
+        self.steps_per_block = config.block_length if config.parallel else config.diffusion_steps // config.num_blocks
+        self.num_steps = self.steps_per_block * config.num_blocks
+        # The rows still at work: their row in the batch, canvas, attention mask and noise key.
+        self.where = torch.arange(len(canvas), device=canvas.device)
+        self.ids, self.keys = canvas.clone(), keys
+        completion_mask = prompt_mask.new_ones(len(canvas), config.max_completion_length)
+        self.attention_mask = None if prompt_mask.all() else torch.cat([prompt_mask, completion_mask], 1)
+        # The record of the whole batch.
+        is_open = canvas[:, self.prompt_width :] == self.mask_token_id
+        self.canvas = canvas
+        self.revealed_at = torch.where(is_open, self.num_steps, -1)
+        self.confidence = (~is_open).float()
+        self.entropy = torch.zeros_like(self.confidence)
+        self.cache: WindowCache | None = None
+        self.num_forwards = 0
+
+    def run(self) -> None:
+        for block in range(self.config.num_blocks):
+            if not self.any_rank(len(self.where) > 0):
+                break
+            self._denoise_block(block)
+            self._retire((block + 1) * self.config.block_length)
+        self.canvas[self.where] = self.ids
+
+    def _is_open(self, start: int) -> Tensor:
+        block = self.ids[:, self.prompt_width + start : self.prompt_width + start + self.config.block_length]
+        return block == self.mask_token_id
+
+    def _denoise_block(self, block: int) -> None:
+        start = block * self.config.block_length
+        # One look at the device: how many positions are open in each row decides the whole schedule of the block.
+        open_counts = self._is_open(start).sum(1).cpu()
+        plan = tokens_per_step(open_counts, self.steps_per_block)
+        widths = (open_counts[:, None] - plan.cumsum(1) + plan).amax(0).tolist() if len(plan) else []
+        # A step that commits nothing changes nothing: its pass is left out.
+        steps = [step for step in range(len(widths)) if plan[:, step].any()]
+        plan = plan.to(self.ids.device)
+        self.cache = None
+        taken = 0
+        while True:
+            if self.config.parallel:
+                width = int(self._is_open(start).sum(1).amax()) if len(self.where) else 0
+                busy, step, budget = width > 0, taken, None
+            else:
+                busy = taken < len(steps)
+                step = steps[taken] if busy else 0
+                width, budget = (widths[step], plan[:, step]) if busy else (0, None)
+            if not self.any_rank(busy):
+                return
+            if busy:
+                self._step(start, block * self.steps_per_block + step, taken, width, budget)
+            else:
+                self._idle_pass()
+            taken += 1
+
+    def _step(self, start: int, step: int, taken: int, width: int, budget: Tensor | None) -> None:
+        config = self.config
+        is_open = self._is_open(start)
+        # Open positions first; rows with fewer of them than `width` are filled up with positions that stay unchanged.
+        columns = (~is_open).int().argsort(dim=1, stable=True)[:, :width]
+        is_open = is_open.gather(1, columns)
+        columns = columns + start
+        logits = self._logits(columns, start, taken)
+        noise = uniform(self.keys, step, columns) if config.temperature > 0 else None
+        tokens = self._draw(logits, noise)
+        order_noise = uniform(self.keys, step + _ORDER_STREAM, columns) if config.remasking == "random" else None
+        order = confidence_of(logits, tokens, config, order_noise)
+        if config.confidence_eos_eot_inf:
+            order = order.masked_fill(torch.isin(tokens, self.end_ids), -1e30)
+        probs = logits.softmax(-1)
+        entropy = torch.special.entr(probs).sum(-1)
+        token_probs = probs.gather(-1, tokens[..., None]).squeeze(-1)
+        if budget is not None:
+            committed = commit_budget(order, budget, is_open)
+        else:
+            committed = commit_parallel(order, token_probs, entropy, config, is_open)
+        at = self.prompt_width + columns
+        self.ids.scatter_(1, at, torch.where(committed, tokens, self.ids.gather(1, at)))
+        rows = self.where[:, None]
+        values = ((self.revealed_at, step), (self.confidence, token_probs), (self.entropy, entropy))
+        for record, value in values:
+            record[rows, columns] = torch.where(committed, value, record[rows, columns])
+
+    def _draw(self, logits: Tensor, noise: Tensor | None) -> Tensor:
+        """Drawn tokens [b, n]; never [MASK], nor an embedding row beyond the vocabulary."""
+        if self.config.logits_eos_inf:
+            logits[..., self.end_ids[0]] = -torch.inf
+        logits[..., self.num_words :] = -torch.inf
+        mask_logit = logits[..., self.mask_token_id].clone()
+        logits[..., self.mask_token_id] = -torch.inf
+        tokens = draw_tokens(logits, self.config.temperature, noise)
+        logits[..., self.mask_token_id] = mask_logit
+        return tokens
+
+    def _logits(self, columns: Tensor, start: int, taken: int) -> Tensor:
+        """Float32 logits [b, n, V] at completion positions `columns` [b, n] of the current block."""
+        at = self.prompt_width + columns
+        if self.config.cfg_scale:
+            hidden_prompt = self.ids.clone()
+            prompt = hidden_prompt[:, : self.prompt_width]
+            prompt.fill_(self.mask_token_id)
+            mask = self.attention_mask
+            logits = self._pass(
+                torch.cat([self.ids, hidden_prompt]),
+                None if mask is None else torch.cat([mask, mask]),
+                at.repeat(2, 1),
+            )
+            conditional, unconditional = logits.chunk(2)
+            return unconditional + (1 + self.config.cfg_scale) * (conditional - unconditional)
+        if self.config.cache is None:
+            return self._pass(self.ids, self.attention_mask, at, distinct=self.num_forwards == 0)
+        refresh = self.config.cache_refresh
+        if self.cache is None or (refresh is not None and taken % refresh == 0):
+            self.cache = WindowCache()
+            logits = self._pass(self.ids, self.attention_mask, at, self.cache, distinct=self.num_forwards == 0)
+            begin = self.prompt_width + start - self.model.logit_shift
+            stop = self.prompt_width + start + self.config.block_length if self.config.cache == "dual" else None
+            self.cache.window = slice(begin, stop)
+            return logits
+        window = self.cache.window
+        return self._pass(self.ids[:, window], self.attention_mask, at - window.start, self.cache)
+
+    def _pass(
+        self, ids: Tensor, mask: Tensor | None, at: Tensor, cache: WindowCache | None = None, distinct: bool = False
+    ) -> Tensor:
+        """Logits [b, n, V] at columns `at` [b, n] of `ids`; rows that are equal go through the network once."""
+        self.num_forwards += 1
+        copies = None
+        if distinct:
+            key = ids if mask is None else ids.masked_fill(~mask, -1)
+            unique, copies = key.unique(dim=0, return_inverse=True)
+            if len(unique) == len(ids):
+                copies = None
+            else:
+                first = torch.full((len(unique),), len(ids), device=ids.device).scatter_reduce(
+                    0, copies, torch.arange(len(ids), device=ids.device), "amin"
+                )
+                ids, at, mask = ids[first], at[first], None if mask is None else mask[first]
+        length = ids.shape[1]
+        position_ids = None
+        if cache is not None and cache.window is not None:
+            position_ids = torch.arange(cache.window.start, cache.window.start + length, device=ids.device)[None]
+        flat = (torch.arange(len(ids), device=ids.device)[:, None] * length + at).flatten()
+        logits = self.model(ids, mask, position_ids=position_ids, past_key_values=cache, positions=flat)
+        logits = logits.view(*at.shape, -1)
+        if copies is None:
+            return logits
+        if cache is not None:
+            cache.expand(copies)
+        return logits[copies]
+
+    def _idle_pass(self) -> None:
+        """A pass whose result nobody reads: other processes still need this one's share of the weights."""
+        self.num_forwards += 1
+        self.model(self.canvas[:1], positions=torch.zeros(1, dtype=torch.long, device=self.canvas.device))
+
+    def _retire(self, stop: int) -> None:
+        """Rows that hold an end-of-text token before `stop`, all revealed by now, leave the batch."""
+        if not self.config.stop_at_eos or len(self.where) == 0:
+            return
+        done = torch.isin(self.ids[:, self.prompt_width : self.prompt_width + stop], self.end_ids).any(1)
+        if not done.any():
+            return
+        self.canvas[self.where[done]] = self.ids[done]
+        self.where, self.ids, self.keys = self.where[~done], self.ids[~done], self.keys[~done]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[~done]

@@ -1,0 +1,43 @@
+"""What one round of sampling produced, and how."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B sampled completions on full canvases, with the trace of their denoising.
+
+    Shapes: B rollouts, P prompt tokens (padded on the left), C completion tokens.
+    """
+
+    prompt_ids: Tensor  # [B, P]
+    prompt_mask: Tensor  # [B, P] bool, False on padding
+    completion_ids: Tensor  # [B, C], no [MASK] left; EOS after the first end-of-text token
+    completion_mask: Tensor  # [B, C] bool, True up to and including the first end-of-text token
+    revealed_at: Tensor  # [B, C] denoising step that committed the token; -1 given in advance, `num_steps` never
+    confidence: Tensor  # [B, C] float32, probability of the token when it was committed (0 if never, 1 if given)
+    entropy: Tensor  # [B, C] float32, entropy of the model's distribution at that moment
+    group: Tensor  # [B] rows of one prompt share a number
+    num_forwards: int  # passes through the network
+    num_steps: int  # denoising steps of a full-length completion
+
+    def rows(self, index: list[int]) -> "Rollout":
+        """The chosen rows, without padding that all of them share."""
+        picked = {
+            field.name: value[index]
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        width = int(picked["prompt_mask"].sum(1).max())
+        for name in ("prompt_ids", "prompt_mask"):
+            picked[name] = picked[name][:, picked[name].shape[1] - width :]
+        return replace(self, **picked)
+
+
+def ended(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
+    """True up to and including the first end-of-text token, [B, C] bool."""
+    is_end = torch.isin(completion_ids, end_ids)
+    return is_end.int().cumsum(1) - is_end.int() == 0
