@@ -1,19 +1,31 @@
 """Estimators of a completion's log-probability: each is a distribution over masked views.
 
 estimator(rollout, *, generator, **settings) -> MaskedViews. Of the rollout an estimator may read `prompt_mask` [B, P],
-`completion_ids`, `completion_mask`, `revealed_at`, `entropy` [B, C] and `group` [B]. Tokens after the first
-end-of-text token get weight 0; hidden positions are drawn over the whole canvas, or its open part would tell the
-answer's length.
+`completion_ids`, `completion_mask`, `revealed_at`, `entropy` [B, C], `group` [B] and `num_steps`. Tokens after the
+first end-of-text token get weight 0; hidden positions are drawn over the whole canvas, or its open part would tell
+the answer's length. The number of views follows from the settings and the canvas alone, never from the text.
 
 Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C completion tokens, L = P + C.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
+from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
 from dgrpo.views import MaskedViews
+
+
+def _noise(generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform noise; float64, so that neither ties nor a coarse grid bend the law of the masks."""
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def _from_the_end(generator: torch.Generator, num_rows: int, width: int) -> Tensor:
+    """Uniform noise [num_rows, width]; the last column is drawn first, so padding on the left only adds draws."""
+    return torch.rand(width, num_rows, generator=generator).flip(0).t()
 
 
 def _prompt_noise(rollout, generator: torch.Generator, scope: str) -> Tensor:
@@ -24,9 +36,33 @@ def _prompt_noise(rollout, generator: torch.Generator, scope: str) -> Tensor:
             f"prompt_mask_scope={scope!r}: choose 'group' (one prompt mask for all rollouts of a prompt) or 'row'."
         )
     unit = torch.arange(num_rows) if scope == "row" else rollout.group.cpu().unique(return_inverse=True)[1]
-    # The last prompt token is drawn first: padding on the left then only lengthens the stream.
-    noise = torch.rand(width, int(unit.max()) + 1, generator=generator)
-    return noise.flip(0).t()[unit].to(rollout.prompt_mask.device)
+    return _from_the_end(generator, int(unit.max()) + 1, width)[unit].to(rollout.prompt_mask.device)
+
+
+def _subsets(noise: Tensor, counts: Tensor) -> Tensor:
+    """Which of the C positions are hidden, [B, N, C] bool: `counts` [B, N] of them, every subset equally likely."""
+    return noise.argsort(-1).argsort(-1) < counts[..., None]
+
+
+def _views(rollout, hidden: Tensor, weights: Tensor, prompt_hidden: Tensor | None = None) -> MaskedViews:
+    """Views that hide completion positions `hidden` [B, N, C]; a token counts where it is hidden and not past the end.
+
+    `weights` broadcasts to [B, N, C]. The prompt is shown unless `prompt_hidden` [B, N, P] says otherwise.
+    """
+    prompt_mask, device = rollout.prompt_mask.bool(), rollout.completion_ids.device
+    hidden, weights = hidden.to(device), weights.to(device)
+    if prompt_hidden is None:
+        prompt_hidden = torch.zeros_like(prompt_mask)[:, None].expand(-1, hidden.shape[1], -1)
+    scored = hidden & rollout.completion_mask.bool()[:, None]
+    return MaskedViews(
+        torch.cat([prompt_hidden.to(device) & prompt_mask[:, None], hidden], 2),
+        torch.where(scored, weights, 0.0).float(),
+    )
+
+
+def _refuse(remedy: str, **setting) -> None:
+    name, value = next(iter(setting.items()))
+    raise ValueError(f"{name}={value!r}: {remedy}")
 
 
 def one_step(
@@ -38,10 +74,217 @@ def one_step(
     contain the completion, so with `prompt_mask_scope="group"` all rollouts of a prompt share one.
     """
     if not 0 <= p_mask_prompt <= 1:
-        raise ValueError(f"p_mask_prompt={p_mask_prompt}: must be a probability.")
-    prompt_hidden = (_prompt_noise(rollout, generator, prompt_mask_scope) < p_mask_prompt) & rollout.prompt_mask.bool()
-    hidden = torch.cat([prompt_hidden, torch.ones_like(rollout.completion_mask, dtype=torch.bool)], 1)
-    return MaskedViews(hidden[:, None], rollout.completion_mask.float()[:, None])
+        _refuse("must be a probability.", p_mask_prompt=p_mask_prompt)
+    prompt_hidden = _prompt_noise(rollout, generator, prompt_mask_scope) < p_mask_prompt
+    whole = torch.ones_like(rollout.completion_mask, dtype=torch.bool)[:, None]
+    return _views(rollout, whole, torch.ones(()), prompt_hidden[:, None])
 
 
-ESTIMATORS: dict[str, Callable[..., MaskedViews]] = {"one_step": one_step}
+def coupled(rollout, *, generator: torch.Generator, min_ratio: float = 0.2, max_ratio: float = 0.8) -> MaskedViews:
+    """Three views: the whole completion (weight 1/2), a random part and its complement (1/(2t) and 1/(2(1-t))).
+
+    DiffuCoder's coupled-GRPO (arXiv:2506.20639): one t ~ U(`min_ratio`, `max_ratio`) per rollout hides
+    each position with probability t; log p_k = (log p_k(all hidden) + w_k log p_k(the part that hides k)) / 2. As
+    published, weights add up to 3/2 in the mean: a score of each token, not a likelihood.
+    """
+    if not 0 < min_ratio <= max_ratio < 1:
+        _refuse("ratios must satisfy 0 < min_ratio <= max_ratio < 1.", min_ratio=min_ratio)
+    num_rows, num_completion = rollout.completion_ids.shape
+    ratio = min_ratio + (max_ratio - min_ratio) * _noise(generator, num_rows, 1)
+    part = _noise(generator, num_rows, num_completion) < ratio
+    hidden = torch.stack([torch.ones_like(part), part, ~part], 1)
+    weights = torch.stack([torch.full_like(ratio, 0.5), 0.5 / ratio, 0.5 / (1 - ratio)], 1)
+    return _views(rollout, hidden, weights)
+
+
+def elbo(
+    rollout,
+    *,
+    generator: torch.Generator,
+    num_samples: int = 2,
+    complementary: bool = False,
+    min_ratio: float = 0.0,
+    max_ratio: float = 1.0,
+) -> MaskedViews:
+    """Monte-Carlo ELBO of the completion: n = `num_samples` views, or n pairs of a picture and its complement.
+
+    LLaDA's likelihood (arXiv:2502.09992, eq. 6), also VRPO's and ESPO's: hide l positions, l uniform in {1..C}, every
+    subset equally likely, weight C/(n l); a token's expected weight is 1. The n counts of a rollout are spread evenly
+    from a random start, and each is uniform on its own (not so where they are rounded, as in LLaDA's code).
+
+    `complementary` (ESPO's variance reduction, arXiv:2512.03759): l uniform in {0..C} and the complement, N = 2n,
+    weights (C+1)/(2nl) and (C+1)/(2n(C-l)); an empty picture scores nothing, every token is scored once in a pair.
+
+    `min_ratio`, `max_ratio` narrow the law of l to {ceil(min_ratio C)..floor(max_ratio C)}, the structured ratios of
+    UniGRPO (arXiv:2505.15809). Expected weights stay 1, but the score is then not the ELBO.
+
+    A bound on the log-likelihood of the whole canvas if all of it is scored; tokens after the first end-of-text token
+    are context only.
+    """
+    if num_samples < 1:
+        _refuse("draw at least one view.", num_samples=num_samples)
+    if not 0 <= min_ratio <= max_ratio <= 1:
+        _refuse(f"ratios must satisfy 0 <= min_ratio <= max_ratio={max_ratio} <= 1.", min_ratio=min_ratio)
+    if complementary and (min_ratio, max_ratio) != (0, 1):
+        _refuse("a complement leaves the range of ratios; drop min_ratio and max_ratio.", complementary=True)
+    num_rows, num_completion = rollout.completion_ids.shape
+    # 0.1 * 30 is a little more than 3.
+    lowest = 0 if complementary else max(1, math.ceil(min_ratio * num_completion - 1e-9))
+    num_counts = math.floor(max_ratio * num_completion + 1e-9) - lowest + 1
+    if num_counts < 1:
+        _refuse(f"no count of {num_completion} positions lies in the range of ratios.", max_ratio=max_ratio)
+    # Whole steps from a uniform start keep every count uniform, also where n does not divide their number.
+    start = torch.randint(num_counts, (num_rows, 1), generator=generator)
+    counts = lowest + (start + torch.arange(num_samples) * num_counts // num_samples) % num_counts
+    hidden = _subsets(_noise(generator, num_rows, num_samples, num_completion), counts)
+    scale = num_completion / num_samples
+    if complementary:
+        hidden = torch.cat([hidden, ~hidden], 1)
+        counts = torch.cat([counts, num_completion - counts], 1)
+        scale = (num_completion + 1) / (2 * num_samples)
+    return _views(rollout, hidden, scale / counts.clamp(min=1)[..., None])
+
+
+def quadrature(rollout, *, generator: torch.Generator, num_nodes: int = 2) -> MaskedViews:
+    """Gauss-Legendre quadrature of the ELBO over the masking ratio: one view per node t_i, weight w_i/t_i.
+
+    GDPO (arXiv:2510.08554, section 3): each position is hidden with probability t_i; nodes and weights are those of
+    the interval (0, 1). The mean is the quadrature sum, which is the ELBO where C <= 2 `num_nodes` and a biased
+    stand-in for it beyond.
+    """
+    if num_nodes < 1:
+        _refuse("use at least one node (published: 2 or 3).", num_nodes=num_nodes)
+    num_rows, num_completion = rollout.completion_ids.shape
+    nodes, weights = (torch.from_numpy(values)[:, None] / 2 for values in leggauss(num_nodes))
+    ratios = nodes + 0.5
+    hidden = _noise(generator, num_rows, num_nodes, num_completion) < ratios
+    return _views(rollout, hidden, (weights / ratios)[None])
+
+
+def _staged(rollout, order: Tensor, stage: Tensor, num_views: int) -> MaskedViews:
+    """View n scores the tokens of `stage` n and hides all that comes with the first of them in `order`, or later.
+
+    Both are [B, C]. A view without a token hides and scores nothing.
+    """
+    scored = stage[:, None] == torch.arange(num_views, device=stage.device)[:, None]
+    late = order.max() + 1
+    first = torch.where(scored, order[:, None], late).amin(2, keepdim=True)
+    hidden = (order[:, None] >= first) & (first < late)
+    return _views(rollout, hidden, scored.float())
+
+
+def trace(
+    rollout,
+    *,
+    generator: torch.Generator,
+    shrink: int | None = None,
+    num_segments: int | None = None,
+    top_k: int | None = None,
+) -> MaskedViews:
+    """The rollout's own states: tokens are scored, weight 1, in the picture that the sampler had before them.
+
+    One of three says which steps share a picture (the one before the first of them); without any, each has its own
+    (CJ-GRPO, arXiv:2509.23924). `shrink`: that many in a row (TraceRL, arXiv:2509.06949). `num_segments`: equal
+    parts of the trajectory (StepMerge of d2, arXiv:2509.21474). `top_k`: only the steps with the highest entropy,
+    averaged over the tokens that they committed, each with its own picture (EGSPO, arXiv:2603.12554).
+
+    Steps that committed no token up to the end of text do not count, so an answer that ended early is not cut more
+    coarsely. Rows with fewer steps than views are filled up with empty views. The picture is the sampler's up to the
+    end of text; behind it the canvas shows EOS, where the sampler may have shown something else.
+    """
+    chosen = {
+        name: value
+        for name, value in (("shrink", shrink), ("num_segments", num_segments), ("top_k", top_k))
+        if value is not None
+    }
+    if len(chosen) > 1:
+        raise ValueError(f"trace: {', '.join(f'{name}={value}' for name, value in chosen.items())}: set only one.")
+    if any(value < 1 for value in chosen.values()):
+        _refuse("must be at least 1.", **chosen)
+    revealed_at, num_steps = rollout.revealed_at, rollout.num_steps
+    scored = rollout.completion_mask.bool() & (revealed_at >= 0) & (revealed_at < num_steps)
+    at = revealed_at.clamp(0, num_steps - 1)
+    tokens = torch.zeros(len(at), num_steps, device=at.device).scatter_add_(1, at, scored.float())
+    used = tokens > 0
+    if top_k is not None:
+        entropy = torch.zeros_like(tokens).scatter_add_(1, at, torch.where(scored, rollout.entropy, 0.0))
+        by_entropy = torch.where(used, entropy / tokens, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        used &= by_entropy.argsort(1) < top_k
+    # The n-th step that counts gets number n.
+    number = used.long().cumsum(1) - 1
+    if top_k is not None:
+        stage, num_views = number, top_k
+    elif num_segments is not None:
+        stage, num_views = number * num_segments // used.sum(1, keepdim=True).clamp(min=1), num_segments
+    else:
+        shrink = shrink or 1
+        stage, num_views = number // shrink, -(-min(num_steps, revealed_at.shape[1]) // shrink)
+    stage = torch.where(scored & used.gather(1, at), stage.gather(1, at), -1)
+    return _staged(rollout, revealed_at, stage, num_views)
+
+
+def left_to_right(rollout, *, generator: torch.Generator) -> MaskedViews:
+    """C views: in view k everything from position k on is hidden and token k is scored, weight 1.
+
+    JustGRPO (arXiv:2601.15165): log p(o) = sum over k of log p(o_k | q, o_<k, [MASK]...), the exact log-likelihood of
+    a policy that decodes from left to right, one token at a time.
+    """
+    num_rows, num_completion = rollout.completion_ids.shape
+    order = torch.arange(num_completion, device=rollout.completion_ids.device).expand(num_rows, -1)
+    return _staged(rollout, order, torch.where(rollout.completion_mask.bool(), order, -1), num_completion)
+
+
+def block_random(
+    rollout,
+    *,
+    generator: torch.Generator,
+    block_length: int = 32,
+    num_samples: int = 2,
+    p_mask_prompt: float = 0.15,
+) -> MaskedViews:
+    """n = `num_samples` views as block-wise sampling sees them: past shown, one block partly hidden, the rest hidden.
+
+    SPG (arXiv:2510.09541): each view has a block of its own among those up to the end of text (again from
+    the first when they run out); l of its positions are hidden, l uniform in {1..`block_length`}, with all later
+    blocks; prompt and earlier blocks are perturbed: each token is hidden with probability `p_mask_prompt`. All hidden
+    tokens are scored, weight 1/(n t) with t their share of the completion; views that score nothing are left out of n.
+
+    The published code draws the count over the block's tokens up to the end of text and hides everything behind it;
+    here it is drawn over the whole block, or the hidden tail would tell the answer's length.
+    """
+    num_rows, num_completion = rollout.completion_ids.shape
+    if block_length < 1 or num_completion % block_length:
+        _refuse(f"must divide the {num_completion} completion positions.", block_length=block_length)
+    if num_samples < 1:
+        _refuse("draw at least one view.", num_samples=num_samples)
+    if not 0 <= p_mask_prompt <= 1:
+        _refuse("must be a probability.", p_mask_prompt=p_mask_prompt)
+    num_blocks = num_completion // block_length
+    length = rollout.completion_mask.sum(1).cpu()
+    num_open = ((length + block_length - 1) // block_length).clamp(min=1)
+    order = torch.where(
+        torch.arange(num_blocks) < num_open[:, None], _noise(generator, num_rows, num_blocks), 2.0
+    ).argsort(1)
+    block = order.gather(1, torch.arange(num_samples) % num_open[:, None])
+    counts = 1 + torch.randint(block_length, (num_rows, num_samples), generator=generator)
+    part = _subsets(_noise(generator, num_rows, num_samples, block_length), counts).repeat(1, 1, num_blocks)
+    perturbed = _noise(generator, num_rows, num_samples, num_completion) < p_mask_prompt
+    block_of = torch.arange(num_completion) // block_length
+    hidden = torch.where(block_of == block[..., None], part, (block_of > block[..., None]) | perturbed)
+    width = rollout.prompt_mask.shape[1]
+    prompt_hidden = _from_the_end(generator, num_rows * num_samples, width).reshape(num_rows, num_samples, width)
+    num_hidden = (hidden & rollout.completion_mask.bool().cpu()[:, None]).sum(2)
+    num_scoring = (num_hidden > 0).sum(1, keepdim=True).clamp(min=1)
+    weights = length[:, None] / (num_scoring * num_hidden.clamp(min=1))
+    return _views(rollout, hidden, weights[..., None], prompt_hidden < p_mask_prompt)
+
+
+ESTIMATORS: dict[str, Callable[..., MaskedViews]] = {
+    "one_step": one_step,
+    "coupled": coupled,
+    "elbo": elbo,
+    "quadrature": quadrature,
+    "trace": trace,
+    "left_to_right": left_to_right,
+    "block_random": block_random,
+}

@@ -3,37 +3,38 @@
 Shapes: B rollouts, N views of each, P prompt tokens, C completion tokens, L = P + C.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dgrpo.models.predictor import Scores, ScoringPass
 from dgrpo.views import MaskedViews
 
 
-def _scoring_pass(
-    canvases: Tensor, attention_mask: Tensor | None, completion_ids: Tensor, scored: Tensor
+def scoring_pass(
+    canvases: Tensor, attention_mask: Tensor | None, input_ids: Tensor, scored: Tensor
 ) -> tuple[ScoringPass, Tensor]:
-    """One pass over the distinct rows of `canvases` [R, L] that asks for the tokens where `scored` [R, C].
+    """One pass over the distinct rows of `canvases` [R, L] that asks for the tokens `input_ids` where `scored` [R, L].
 
-    Returns the pass and, for each of its targets, the flat index into [R, C] that it answers.
+    Returns the pass and, for each of its targets, the flat index into [R, L] that it answers.
     """
-    num_prompt = canvases.shape[1] - completion_ids.shape[1]
     key = canvases if attention_mask is None else canvases.masked_fill(~attention_mask, -1)
-    _, picture = key.unique(dim=0, return_inverse=True)
+    # Pictures on which nothing is asked do not pass through the network; all of them count as equal to one of the
+    # others, or to the first row when there is no other: a pass is made in any case.
+    asked_rows = scored.any(1)
+    row_of = torch.where(asked_rows, torch.arange(len(key), device=key.device), asked_rows.int().argmax())
+    pictures, picture = key[row_of].unique(dim=0, return_inverse=True)
     # One row stands for each distinct picture: its first.
-    order = torch.arange(len(canvases), device=canvases.device)
-    first = torch.full_like(order, len(order)).scatter_reduce_(0, picture, order, "amin")
-    first = first[: int(picture.max()) + 1]
+    first = row_of.new_full((len(pictures),), len(key)).scatter_reduce_(0, picture, row_of, "amin")
     row, column = scored.nonzero(as_tuple=True)
-    asked = picture[row] * canvases.shape[1] + num_prompt + column
-    positions, target_index = asked.unique(return_inverse=True)
+    positions, target_index = (picture[row] * canvases.shape[1] + column).unique(return_inverse=True)
     by_position = target_index.argsort(stable=True)
     row, column = row[by_position], column[by_position]
     attention_mask = None if attention_mask is None else attention_mask[first]
-    one_pass = ScoringPass(
-        canvases[first], attention_mask, positions, target_index[by_position], completion_ids[row, column]
-    )
-    return one_pass, row * scored.shape[1] + column
+    asked = ScoringPass(canvases[first], attention_mask, positions, target_index[by_position], input_ids[row, column])
+    return asked, row * canvases.shape[1] + column
 
 
 def score_views(
@@ -60,25 +61,27 @@ def score_views(
     attention_mask = None
     if not prompt_mask.all():
         attention_mask = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(completion_ids.shape).bool()], 1)
+    scored = F.pad(views.weights != 0, (prompt_ids.shape[1], 0))
     chunks = torch.arange(num_views, device=input_ids.device).split(views_per_pass or num_views)
     passes, answers = [], []
     for chunk in chunks:
-        one_pass, answer = _scoring_pass(
+        repeats = len(chunk)
+        asked, answer = scoring_pass(
             canvases[:, chunk].flatten(0, 1),
-            None if attention_mask is None else attention_mask.repeat_interleave(len(chunk), 0),
-            completion_ids.repeat_interleave(len(chunk), 0),
-            views.weights[:, chunk].flatten(0, 1) != 0,
+            None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0),
+            input_ids.repeat_interleave(repeats, 0),
+            scored[:, chunk].flatten(0, 1),
         )
-        passes.append(one_pass)
+        passes.append(asked)
         answers.append(answer)
     scores: list[Scores] = model(passes=passes, temperature=temperature, entropy_grad=entropy_grad)
     logps, entropies = [], []
-    for chunk, one_pass, answer, (logp, entropy) in zip(chunks, passes, answers, scores, strict=True):
-        blank = logp.new_zeros(num_rows * len(chunk) * num_completion)
-        shape = (num_rows, len(chunk), num_completion)
+    for chunk, asked, answer, (logp, entropy) in zip(chunks, passes, answers, scores, strict=True):
+        shape = (num_rows, len(chunk), input_ids.shape[1])
+        blank = logp.new_zeros(math.prod(shape))
         logps.append(blank.index_put((answer,), logp).view(shape))
-        entropies.append(blank.index_put((answer,), entropy[one_pass.target_index]).view(shape))
-    return torch.cat(logps, 1), torch.cat(entropies, 1)
+        entropies.append(blank.index_put((answer,), entropy[asked.target_index]).view(shape))
+    return torch.cat(logps, 1)[..., -num_completion:], torch.cat(entropies, 1)[..., -num_completion:]
 
 
 def per_token_logps(

@@ -1,20 +1,34 @@
 """What is special about each family of mask predictors, as data.
 
-One row per `model_type` of a checkpoint's config.json. Everything else treats all families alike.
+One row per family, by the `model_type` of its configuration here. Everything else treats all families alike; how far
+a family's logits are shifted is said by its network's `logit_shift` and read in `MaskPredictor` alone.
 """
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from dgrpo.models import converted
+from dgrpo.models.dream import DreamConfig, DreamModel
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
+from dgrpo.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 
-# LLaDA-8B-Instruct's template, for copies whose tokenizer files lack it.
+# Templates for copies whose tokenizer files lack one: LLaDA-8B-Instruct's, Qwen's, and LLaDA-MoE's.
 _LLADA_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
     "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+_CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_ROLE_TEMPLATE = (
+    "{% for message in messages %}<role>{{ 'HUMAN' if message['role'] == 'user' else message['role'] | upper }}</role>"
+    "{{ message['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+# The seven linear layers of each block that is named as in transformers' own networks.
+_SEVEN_LINEARS = r".*layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,36 @@ class Family:
     # Tokens that end a completion besides the tokenizer's EOS, where the vocabulary has them.
     end_tokens: tuple[str, ...] = ()
     mask_token: str = "<|mask|>"
+    # For checkpoints whose config.json does not tell.
     mask_token_id: int | None = None
     chat_template: str | None = None
+    # `model_type`s of published config.json files besides the configuration's own, and a key that such a file must
+    # have where families share a `model_type`.
+    published_as: tuple[str, ...] = ()
+    marked_by: str | None = None
+    # Reads the tokenizer files of checkpoints whose own tokenizer is remote code.
+    tokenizer_class: type[PreTrainedTokenizerBase] | None = None
+    # `model_type` of the causal checkpoints that can be converted into this family.
+    converts: str | None = None
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return (self.config_class.model_type, *self.published_as)
 
 
 FAMILIES: dict[str, Family] = {
+    "llada_moe": Family(
+        name="LLaDA-MoE",
+        config_class=LLaDAMoEConfig,
+        model_class=LLaDAMoEModelLM,
+        # Attention only: 64 experts a layer would be 3072 adapters, most of them rarely trained.
+        lora_targets=r".*layers\.\d+\.self_attn\.(q|k|v|o)_proj",
+        end_tokens=("<|role_end|>",),
+        mask_token_id=156895,
+        chat_template=_ROLE_TEMPLATE,
+        published_as=("llada", "lladamoe"),
+        marked_by="num_experts",
+    ),
     "llada": Family(
         name="LLaDA",
         config_class=LLaDAConfig,
@@ -43,5 +82,42 @@ FAMILIES: dict[str, Family] = {
         mask_token="<|mdm_mask|>",
         mask_token_id=126336,
         chat_template=_LLADA_TEMPLATE,
+    ),
+    "Dream": Family(
+        name="Dream",
+        config_class=DreamConfig,
+        model_class=DreamModel,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|im_end|>",),
+        mask_token_id=151666,
+        chat_template=_CHATML_TEMPLATE,
+        published_as=("dream",),
+        tokenizer_class=Qwen2Tokenizer,
+    ),
+    "a2d-qwen2": Family(
+        name="converted Qwen2",
+        config_class=converted.ConvertedQwen2Config,
+        model_class=converted.A2DQwen2LMHeadModel,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+        chat_template=_CHATML_TEMPLATE,
+        converts="qwen2",
+    ),
+    "a2d-qwen3": Family(
+        name="converted Qwen3",
+        config_class=converted.ConvertedQwen3Config,
+        model_class=converted.A2DQwen3LMHeadModel,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+        chat_template=_CHATML_TEMPLATE,
+        converts="qwen3",
+    ),
+    "a2d-llama": Family(
+        name="converted Llama",
+        config_class=converted.ConvertedLlamaConfig,
+        model_class=converted.A2DLlamaLMHeadModel,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|eot_id|>", "<|end_of_text|>"),
+        converts="llama",
     ),
 }

@@ -1,48 +1,100 @@
 """From a checkpoint's name or folder to a mask predictor and its tokenizer."""
 
-import json
+import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
+from dgrpo.models.converted import add_mask_token
 from dgrpo.models.families import FAMILIES, Family
 
 for _model_type, _family in FAMILIES.items():
-    if _family.config_class.model_type == _model_type:
-        AutoConfig.register(_model_type, _family.config_class, exist_ok=True)
-        AutoModelForCausalLM.register(_family.config_class, _family.model_class, exist_ok=True)
+    AutoConfig.register(_model_type, _family.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_family.config_class, _family.model_class, exist_ok=True)
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> dict:
-    """The checkpoint's config.json, from a local folder or the hub's cache."""
-    path = cached_file(name_or_path, "config.json", revision=revision)
-    return json.loads(Path(path).read_text())
+    """The checkpoint's config.json as a dictionary, from a local folder or the hub.
 
-
-def family_of(name_or_path: str, revision: str | None = None) -> Family:
-    """The family of a checkpoint, or ValueError that says what to do with another kind."""
-    model_type = read_config(name_or_path, revision).get("model_type")
-    if model_type not in FAMILIES:
+    Names of remote code in it say which repository they belong to, so that a saved copy still finds it.
+    """
+    if Path(name_or_path, "adapter_config.json").is_file() and not Path(name_or_path, "config.json").is_file():
         raise ValueError(
-            f"model_name_or_path={name_or_path!r}: model_type {model_type!r} is no masked diffusion model that dgrpo "
-            f"knows ({', '.join(FAMILIES)}). A causal language model predicts the next token and cannot be denoised."
+            f"model_name_or_path={str(name_or_path)!r} is an adapter without its base model: pass the base model's "
+            "name, and this folder as `adapter`."
         )
-    return FAMILIES[model_type]
+    raw, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    return raw
 
 
-def load_tokenizer(name_or_path: str, family: Family, mask_token_id: int | None, revision: str | None = None):
-    """The checkpoint's tokenizer with mask token, pad token and chat template in place."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    if tokenizer.mask_token_id is None:
-        token = None if mask_token_id is None else tokenizer.convert_ids_to_tokens(mask_token_id)
-        if token is None:
-            raise ValueError(
-                f"model_name_or_path={name_or_path!r}: the tokenizer has no mask token and the vocabulary has nothing "
-                f"at mask_token_id={mask_token_id}. Set `mask_token` in its tokenizer_config.json."
-            )
-        tokenizer.mask_token = token
+def family_of(name_or_path: str, revision: str | None = None, *, convert: str | None = None) -> Family:
+    """The family of a checkpoint, or ValueError that says what to do with another kind.
+
+    With `convert="bidirectional"`: the family that a causal checkpoint is converted into.
+    """
+    return _family_of(read_config(name_or_path, revision), name_or_path, convert)
+
+
+def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
+    model_type = raw.get("model_type")
+    known = f"model_name_or_path={str(name_or_path)!r} has model_type {model_type!r}"
+    causal = {family.converts: family for family in FAMILIES.values() if family.converts}
+    kinds = f"causal checkpoints of {', '.join(causal)}"
+    if convert is not None:
+        if convert != "bidirectional":
+            raise ValueError(f"convert={convert!r}: the one conversion there is is 'bidirectional'.")
+        if model_type not in causal:
+            raise ValueError(f"{known}: convert='bidirectional' takes {kinds}.")
+        return causal[model_type]
+    for family in FAMILIES.values():
+        if model_type in family.model_types and (family.marked_by is None or family.marked_by in raw):
+            return family
+    remedy = f"Supported: {', '.join(family.name for family in FAMILIES.values())}; with convert, {kinds}."
+    if model_type in causal:
+        remedy = (
+            "This causal language model predicts the next token and cannot be denoised as it is; "
+            "convert='bidirectional' reads it in both directions with a mask token added, to be trained first."
+        )
+    raise ValueError(f"{known}, which is no masked diffusion model that dgrpo knows. {remedy}")
+
+
+def load_config(name_or_path: str, revision: str | None = None, *, convert: str | None = None) -> PreTrainedConfig:
+    """The checkpoint's configuration as its family's own class."""
+    raw = read_config(name_or_path, revision)
+    family = _family_of(raw, name_or_path, convert)
+    raw.pop("model_type")
+    if convert is not None:
+        # A causal checkpoint's position i predicts token i + 1, and keeps doing so.
+        raw["logit_shift"] = 1
+    return family.config_class.from_dict(raw)
+
+
+def load_tokenizer(
+    name_or_path: str, family: Family, config: PreTrainedConfig, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer with padding on the left, and pad token and chat template in place."""
+    # Tokenizers that are remote code are read by the class of the library that they were copied from.
+    remote = "AutoTokenizer" in (get_tokenizer_config(name_or_path, revision=revision).get("auto_map") or {})
+    if remote and family.tokenizer_class is not None:
+        tokenizer = family.tokenizer_class.from_pretrained(name_or_path, revision=revision)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, config=config, revision=revision, trust_remote_code=False
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -51,24 +103,94 @@ def load_tokenizer(name_or_path: str, family: Family, mask_token_id: int | None,
     return tokenizer
 
 
+def set_mask_token(tokenizer: PreTrainedTokenizerBase, family: Family, config: PreTrainedConfig) -> None:
+    """Give the tokenizer the mask token that the checkpoint was trained with: its own, config.json's or the family's.
+
+    ValueError where the vocabulary has none of them.
+    """
+    if tokenizer.mask_token_id is None:
+        mask_id = family.mask_token_id if config.mask_token_id is None else config.mask_token_id
+        token = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
+        if token is None and family.mask_token in tokenizer.get_vocab():
+            token = family.mask_token
+        if token is None:
+            raise ValueError(
+                f"model_name_or_path={tokenizer.name_or_path!r}: the tokenizer has no mask token, and its vocabulary "
+                f"has nothing at mask_token_id={mask_id} and no {family.mask_token!r}. Set `mask_token` in its "
+                "tokenizer_config.json."
+            )
+        tokenizer.mask_token = token
+    config.mask_token_id = tokenizer.mask_token_id
+
+
+def quantization(load_in_4bit: bool, load_in_8bit: bool, quantization_config, dtype):
+    """The settings under which weights are stored in 4 (QLoRA's NF4, twice quantized) or 8 bits; None for neither."""
+    if load_in_4bit + load_in_8bit + (quantization_config is not None) > 1:
+        raise ValueError("load_in_4bit, load_in_8bit, quantization_config: set only one of them.")
+    if not (load_in_4bit or load_in_8bit or isinstance(quantization_config, BitsAndBytesConfig)):
+        return quantization_config
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("4-bit and 8-bit weights need bitsandbytes: pip install 'dgrpo[quantization]'.")
+    if quantization_config is not None:
+        return quantization_config
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    half = {"float16": torch.float16}.get(str(dtype).removeprefix("torch."), torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=half,
+    )
+
+
+def put_adapter(model: PreTrainedModel, adapter: str, *, is_trainable: bool = True) -> PeftModel:
+    """The model with a saved PEFT adapter on top; ValueError where their names do not match one to one."""
+    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    with safe_open(cached_file(adapter, "adapter_model.safetensors"), "pt") as stored:
+        given = set(stored.keys())
+    expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if given != expected:
+        raise ValueError(
+            f"adapter={str(adapter)!r} does not fit {type(model).__name__}: "
+            f"missing {sorted(expected - given)}, unexpected {sorted(given - expected)}."
+        )
+    return wrapped
+
+
 def load_model(
     name_or_path: str,
     dtype: torch.dtype | str = torch.float32,
     *,
     attn_implementation: str = "sdpa",
     device_map: str | dict | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
     quantization_config=None,
     adapter: str | None = None,
     revision: str | None = None,
-):
+    convert: str | None = None,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The pretrained mask predictor and its tokenizer; `tokenizer.mask_token_id` is always set.
 
     name_or_path: a hub name or a folder in the family's published layout. Every weight must be accounted for:
-    ValueError lists missing and unexpected ones. `adapter` puts a trained PEFT adapter on top. No remote code runs.
+    ValueError lists missing and unexpected ones. No remote code runs.
+    dtype: of the weights; "auto" keeps what config.json says.
+    load_in_4bit, load_in_8bit: by bitsandbytes; or any `quantization_config` of transformers. The head stays as it is.
+    adapter: a trained PEFT adapter to put on top, still trainable.
+    convert: "bidirectional" takes a causal Qwen2, Qwen3 or Llama checkpoint, reads it in both directions and adds a
+    mask token. Saved with its tokenizer, the result loads again without this.
     """
-    family = family_of(name_or_path, revision)
+    name_or_path = str(name_or_path)
+    quantization_config = quantization(load_in_4bit, load_in_8bit, quantization_config, dtype)
+    family = family_of(name_or_path, revision, convert=convert)
+    config = load_config(name_or_path, revision, convert=convert)
+    tokenizer = load_tokenizer(name_or_path, family, config, revision)
+    if convert is None:
+        set_mask_token(tokenizer, family, config)
     model, report = family.model_class.from_pretrained(
         name_or_path,
+        config=config,
         dtype=dtype,
         attn_implementation=attn_implementation,
         device_map=device_map,
@@ -81,15 +203,13 @@ def load_model(
         raise ValueError(
             f"model_name_or_path={name_or_path!r}: weights do not match the {family.name} network: {problems}."
         )
-    tokenizer = load_tokenizer(name_or_path, family, model.config.mask_token_id, revision)
-    model.config.mask_token_id = tokenizer.mask_token_id
+    if convert is not None:
+        add_mask_token(model, tokenizer, family.mask_token)
     vocabulary = tokenizer.get_vocab()
     end_ids = [tokenizer.eos_token_id, *(vocabulary[token] for token in family.end_tokens if token in vocabulary)]
     model.generation_config = GenerationConfig(
         eos_token_id=list(dict.fromkeys(end_ids)), pad_token_id=tokenizer.pad_token_id
     )
     if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        model = put_adapter(model, adapter)
     return model, tokenizer

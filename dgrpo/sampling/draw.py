@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dgrpo.sampling.config import SamplerConfig
+from dgrpo.views import stream
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -22,6 +23,12 @@ def uniform(keys: Tensor, step: int, positions: Tensor) -> Tensor:
     step_key = (step + 1) * 0x1E3779B97F4A7C15 & (2**63 - 1)
     mixed = _mix(_mix(keys[:, None] + step_key) + positions * 0x3C6EF372FE94F82B)
     return ((mixed >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+
+
+def row_keys(rows: Tensor, *key: int | str) -> Tensor:
+    """Noise keys [B] int64 of the rows with these global numbers [B], under a key such as (seed, round)."""
+    base = int(torch.randint(2**62, (1,), generator=stream(*key)))
+    return _mix(_mix(rows * 0x1E3779B97F4A7C15) + base)
 
 
 def draw_tokens(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:

@@ -1,0 +1,34 @@
+# `make gsm8k` on a fresh machine installs everything into .venv and runs the main job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The embedded default is too small for several threads to help.
+THREADS ?= 1
+
+.PHONY: install gsm8k test test-all check style
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+gsm8k: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/gsm8k.py
+
+test: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -m "not slow and not distributed"
+
+test-all: install
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+style: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format

@@ -1,0 +1,178 @@
+"""What a run shows and writes while it trains: progress, a line of metrics, metrics.csv, held-out accuracy."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from trl.models import unwrap_model_for_generation
+
+from dgrpo.evaluate import Evaluation, evaluate, greedy
+from dgrpo.tasks import Task
+from dgrpo.trainers import DiffuGRPOTrainer
+
+# Metric as it is logged, its name and format in the line that is printed.
+_SHOWN = {
+    "reward": ("reward", "{:.3f}"),
+    "rewards/format_reward/mean": ("reasons", "{:.0%}"),
+    "completions/mean_length": ("length", "{:.1f}"),
+    "frac_reward_zero_std": ("groups without spread", "{:.0%}"),
+    "kl": ("kl", "{:.4f}"),
+    "clip_ratio/region_mean": ("clipped", "{:.1%}"),
+    "entropy": ("entropy", "{:.2f}"),
+    "tokens_per_second": ("tokens/s", "{:.0f}"),
+}
+
+
+def metrics_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
+    """One readable line of what matters in `logs`."""
+    shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in _SHOWN.items() if logs.get(key) is not None]
+    return f"step {step:>{len(str(max_steps))}}/{max_steps}  " + "  ".join(shown)
+
+
+class ProgressLine(ProgressCallback):
+    """transformers' progress bar; a line of metrics for every rollout, and a completion now and then."""
+
+    def __init__(self, sample_every: int = 0):
+        super().__init__()
+        self.sample_every = sample_every
+        self.trainer: DiffuGRPOTrainer | None = None
+        self.rollouts = 0
+
+    def write(self, text: str) -> None:
+        (self.training_bar or tqdm).write(text)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "reward" not in (logs or {}):
+            return
+        self.write(metrics_line(state.global_step, state.max_steps, logs))
+        self.rollouts += 1
+        if self.sample_every and self.rollouts % self.sample_every == 1 and self.trainer.logged_completions:
+            prompt, completion, advantage = self.trainer.logged_completions[0]
+            text = completion if isinstance(completion, str) else completion[0]["content"]
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            self.write(f"  {question[-200:]!r}\n  -> {text[:400]!r}  (advantage {advantage:+.2f})")
+
+
+class MetricsFile(TrainerCallback):
+    """Every logged metric as a row of metrics.csv; a resumed run goes on where its checkpoint was."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step and self.path.exists():
+            with open(self.path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Adds `values` to the row of `step`."""
+        if not self.rows or int(self.rows[-1]["step"]) != step:
+            self.rows.append({"step": step})
+        self.rows[-1].update(values)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            self.add(state.global_step, logs)
+            if len(self.rows) % 10 == 0:
+                self.flush()
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.flush()
+
+    on_train_end = on_save
+
+    def flush(self) -> None:
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.path)
+
+
+class HeldOutEvaluation(TrainerCallback):
+    """Greedy accuracy on held-out problems before, every `every` updates, and after training; disturbs nothing."""
+
+    def __init__(self, task: Task, rows: Dataset, every: int, batch_size: int, metrics: MetricsFile):
+        self.task, self.rows, self.every, self.batch_size, self.metrics = task, list(rows), every, batch_size, metrics
+        self.trainer: DiffuGRPOTrainer | None = None
+        self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
+        self._last_step = -1
+
+    def measure(self) -> Evaluation:
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        bar = tqdm(
+            total=len(self.rows), desc="held-out problems", leave=False, disable=not accelerator.is_main_process
+        )
+        with (
+            bar,
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                accelerator,
+                gather_deepspeed3_params=True,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as model,
+        ):
+            found = evaluate(
+                model,
+                trainer.processing_class,
+                self.rows,
+                self.task.grade,
+                greedy(trainer.sampler_config),
+                batch_size=self.batch_size,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+                any_rank=trainer.any_process if accelerator.num_processes > 1 else bool,
+                on_batch=bar.update,
+            )
+        step = trainer.state.global_step
+        self._last_step = step
+        logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
+        if trainer.state.is_world_process_zero:
+            self.metrics.add(step, logs)
+            for callback in trainer.callback_handler.callbacks:
+                if type(callback).__name__ in ("TensorBoardCallback", "WandbCallback", "TrackioCallback"):
+                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs))
+            low, high = found.interval
+            tqdm.write(
+                f"held-out accuracy at step {step}: {found.accuracy:.1%} ({low:.1%} to {high:.1%}, n={found.n}), "
+                f"{sum(found.reasons) / found.n:.0%} reason"
+            )
+        return found
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run began where its first part did.
+        stored = self.metrics.path.with_name("evaluation_before.json")
+        if state.global_step and stored.exists():
+            self.before = Evaluation(**json.loads(stored.read_text()))
+            return
+        self.before = self.measure()
+        if state.is_world_process_zero:
+            stored.write_text(json.dumps(asdict(self.before)))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.measure()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.after = self.measure()
+
+
+def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> None:
+    """Puts callbacks on a trainer in place of transformers' own progress output."""
+    for printed in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printed)
+    for callback in callbacks:
+        if hasattr(type(callback), "write") or isinstance(callback, HeldOutEvaluation):
+            callback.trainer = trainer
+        trainer.add_callback(callback)

@@ -1,0 +1,103 @@
+"""Curves of one or several runs as an image; runs of one kind, which differ in their seed only, are one band."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dgrpo.run_folder import Metrics
+
+# Column of metrics.csv, title, and whether it is a share.
+PANELS = (
+    ("reward", "Reward", False),
+    ("eval_accuracy", "Held-out accuracy", True),
+    ("kl", "KL to the reference", False),
+    ("clip_ratio/region_mean", "Clip ratio", True),
+)
+COLOURS = ("#2a78d6", "#eb6834", "#139a68", "#8a5cd0", "#c98a00", "#d6457f", "#5d7d1a", "#6b7280")
+INK, MUTED, GRID = "#1b1b1a", "#5d5c58", "#e2e1dc"
+
+
+def with_summary_accuracy(metrics: Metrics, summary: dict) -> Metrics:
+    """The metrics, with the accuracy before and after training as ends of the held-out curve where it lacks them."""
+    points = dict(metrics.get("eval_accuracy", []))
+    last = summary.get("steps") or max((values[-1][0] for values in metrics.values()), default=0)
+    for key, step in (("before", 0), ("after", last)):
+        accuracy = (summary.get(key) or {}).get("accuracy")
+        if accuracy is not None:
+            points.setdefault(step, accuracy)
+    return {**metrics, "eval_accuracy": sorted(points.items())} if points else metrics
+
+
+def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over `width` neighbours, fewer at the ends."""
+    ones = np.ones(width)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
+def band(runs: list[Metrics], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and one row of values per run, smoothed when dense; over the steps that all these runs share."""
+    curves = [dict(run[name]) for run in runs if run.get(name)]
+    if not curves:
+        return np.empty(0), np.empty((0, 0))
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = np.array([[curve[step] for step in steps] for curve in curves])
+    width = len(steps) // 25
+    if width > 1:
+        values = np.array([moving_mean(row, width) for row in values])
+    return np.array(steps), values
+
+
+def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]], panels=PANELS) -> Path:
+    """Draw a panel per metric: for each kind of run the mean over its runs, and the range from lowest to highest."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    legend_rows = -(-len(kinds) // 2) if any(kinds) else 0
+    height = 2.9 * rows + 0.28 * legend_rows
+    figure = Figure(figsize=(5.2 * columns, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (name, title, is_share) in zip(axes, panels, strict=False):
+        axis.set_title(title, loc="left", fontsize=11, color=INK, fontweight="semibold")
+        drawn = False
+        for number, (kind, runs) in enumerate(kinds.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            steps, values = band(runs, name)
+            if not len(steps):
+                continue
+            drawn = True
+            if len(runs) == 1 and len(steps) >= 50:
+                raw = np.array(runs[0][name])
+                axis.plot(raw[:, 0], raw[:, 1], color=colour, alpha=0.25, linewidth=0.8)
+            elif len(values) > 1:
+                axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+            marker = "o" if len(steps) <= 20 else None
+            axis.plot(steps, values.mean(0), color=colour, linewidth=1.8, marker=marker, markersize=4, label=kind)
+        if not drawn:
+            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+        _dress(axis, is_share)
+    labelled = {
+        label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if any(labelled):
+        figure.legend(
+            labelled.values(), labelled, loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _dress(axis, is_share: bool) -> None:
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.spines["bottom"].set_color(GRID)
+    axis.tick_params(colors=MUTED, labelsize=9, length=0)
+    axis.set_xlabel("step", fontsize=9, color=MUTED, loc="right")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if is_share:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(0.0, low), high)

@@ -1,0 +1,145 @@
+"""Grades stored generations, in d1's JSON format, without a model: `grade_files(paths, protocol="d1")`.
+
+A file holds `{"generations": [{"question", "generations", "ground_truth"}, ...]}`; the files of one test set are its
+shards. Two protocols:
+
+- `strict`: the rewards' own graders, so that training reward and accuracy agree. Text from the first end-of-text marker
+  on is dropped, as a sampler drops it.
+- `d1`: what the parser published with d1 accepts (`dgrpo.grading_d1`), so that results compare with the literature.
+
+An interval is Wilson's, at 95 %, over the number of texts. d1's Sudoku accuracy counts empty cells; cells of one puzzle
+are not independent, so there too the number of puzzles is what counts.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgrpo.grading_d1 import D1, Item, sudoku_puzzle
+from rewards import code, countdown, gsm8k, math500, sudoku
+from rewards.text import short_answer
+
+# What a file's name must contain, in the order in which d1 looks; the names of programs are ours.
+TASK_MARKS = {
+    "gsm": "gsm8k",
+    "math": "math500",
+    "countdown": "countdown",
+    "sudoku": "sudoku",
+    "humaneval": "code",
+    "mbpp": "code",
+    "kodcode": "code",
+    "code": "code",
+}
+END_OF_TEXT = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Report:
+    """The accuracy over a set of texts; `n` of them count, `skipped` do not."""
+
+    task: str
+    protocol: str
+    n: int
+    skipped: int
+    correct: float
+    accuracy: float
+    """Points got / points possible, in [0, 1]; not a number when no text counts."""
+    interval: tuple[float, float]
+    """95 % interval of `accuracy` (Wilson), in [0, 1]."""
+    items: list[Item]
+
+
+def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n independent trials (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    center = accuracy + Z_95**2 / (2 * n)
+    width = Z_95 * math.sqrt(accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2))
+    scale = 1 + Z_95**2 / n
+    return max((center - width) / scale, 0.0), min((center + width) / scale, 1.0)
+
+
+def strict_score(task: str, item: dict) -> float | None:
+    """The task's own reward of one stored text."""
+    text, gold = END_OF_TEXT.split(item["generations"], maxsplit=1)[0], item.get("ground_truth")
+    if task == "gsm8k":
+        return gsm8k.correctness_reward([None], [text], [gold])[0]
+    if task == "math500":
+        return math500.correctness_reward([None], [text], [gold])[0]
+    if task == "countdown":
+        numbers, target = gold or (None, None)
+        return countdown.equation_reward([None], [text], [numbers], [target])[0]
+    if task == "sudoku":
+        return sudoku.solved_reward([None], [text], [sudoku_puzzle(item["question"])])[0]
+    if task == "sudoku_cells":
+        return sudoku.cells_reward([None], [text], [sudoku_puzzle(item["question"])], [gold])[0]
+    return code.tests_reward([None], [text], [gold])[0]
+
+
+def grade_strictly(task: str, item: dict) -> Item:
+    """One stored text graded by the task's reward."""
+    score = strict_score(task, item)
+    answer = short_answer(END_OF_TEXT.split(item["generations"], maxsplit=1)[0])
+    return Item(item.get("question", ""), answer, score or 0.0, 0.0 if score is None else 1.0)
+
+
+STRICT = ("gsm8k", "math500", "countdown", "sudoku", "sudoku_cells", "code")
+
+
+def infer_task(path: str | Path) -> str:
+    """The task that a file of generations belongs to, by its name."""
+    name = Path(path).name.lower()
+    for mark, task in TASK_MARKS.items():
+        if mark in name:
+            return task
+    raise ValueError(f"{name}: the name of the file tells no task ({', '.join(TASK_MARKS)}); say which task it is")
+
+
+def setup_name(path: str | Path) -> str:
+    """What the shards of one run have in common in their names: `gsm8k_instruct_128_64` of `..._0_generations.json`."""
+    return re.sub(r"(?:_\d+)?_generations$", "", Path(path).stem)
+
+
+def read_generations(path: str | Path) -> list[dict]:
+    """The texts of one file."""
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or not isinstance(data.get("generations"), list):
+        raise ValueError(f'{path}: not a file of generations, which is {{"generations": [...]}}')
+    return data["generations"]
+
+
+def grade(items: Iterable[dict], task: str, protocol: str = "strict") -> Report:
+    """Grade texts of one task by a protocol, `strict` or `d1` (see the module)."""
+    if protocol not in ("strict", "d1"):
+        raise ValueError(f"protocol {protocol!r} is neither 'strict' nor 'd1'")
+    tasks = STRICT if protocol == "strict" else tuple(D1)
+    if task not in tasks:
+        raise ValueError(f"task {task!r} has no protocol {protocol!r}, which grades {', '.join(tasks)}")
+    graded = [grade_strictly(task, item) if protocol == "strict" else D1[task](item) for item in items]
+    n = sum(item.possible > 0 for item in graded)
+    right, possible = sum(item.right for item in graded), sum(item.possible for item in graded)
+    accuracy = right / possible if possible else math.nan
+    return Report(task, protocol, n, len(graded) - n, right, accuracy, wilson_interval(accuracy, n), graded)
+
+
+def grade_files(paths: Iterable[str | Path], task: str | None = None, protocol: str = "strict") -> Report:
+    """Grade all texts of some files, in the order given, as one set; the task is read off the names unless given."""
+    paths = list(paths)
+    if not paths:
+        raise ValueError("no files to grade")
+    tasks = {task or infer_task(path) for path in paths}
+    if len(tasks) > 1:
+        raise ValueError(f"files of several tasks cannot be one set: {', '.join(sorted(tasks))}")
+    return grade((item for path in paths for item in read_generations(path)), tasks.pop(), protocol)
+
+
+def grade_setups(paths: Iterable[str | Path], protocol: str = "strict") -> dict[str, Report]:
+    """Grade files run by run: those whose names differ only in the shard's number are one set."""
+    shards: dict[str, list[str | Path]] = {}
+    for path in paths:
+        shards.setdefault(setup_name(path), []).append(path)
+    return {setup: grade_files(files, protocol=protocol) for setup, files in shards.items()}

@@ -1,0 +1,263 @@
+"""LLaDA-MoE's network (arXiv:2509.24389) under the published parameter names.
+
+LLaDA with norms on queries and keys, and in place of each feed-forward layer a softmax router over experts. Padding
+is hidden from attention; routing looks at one token at a time and needs no mask.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dgrpo.models.llada import RMSNorm, eager_attention, rotary_table, rotate
+from dgrpo.models.predictor import MaskPredictor, ScoringHead
+
+
+class LLaDAMoEConfig(PreTrainedConfig):
+    """LLaDA-MoE's published configuration. Keys that this network does not read are kept.
+
+    The published `model_type` is "llada", as the dense model's; under this one it is told apart from it.
+    """
+
+    model_type = "llada_moe"
+
+    def __init__(
+        self,
+        vocab_size: int = 157184,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 16,
+        num_key_value_heads: int | None = None,
+        expert_intermediate_size: int = 1024,
+        num_experts: int = 64,
+        num_experts_per_tok: int = 8,
+        max_position_embeddings: int = 8192,
+        rope_theta: float = 50000.0,
+        rms_norm_eps: float = 1e-5,
+        qk_layernorm: bool = True,
+        initializer_range: float = 0.02,
+        hidden_act: str = "silu",
+        tie_word_embeddings: bool = False,
+        mask_token_id: int | None = None,
+        eos_token_id: int = 156892,
+        pad_token_id: int = 156892,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.expert_intermediate_size = expert_intermediate_size
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.max_position_embeddings = max_position_embeddings
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.qk_layernorm = qk_layernorm
+        self.initializer_range = initializer_range
+        self.hidden_act = hidden_act
+        self.mask_token_id = mask_token_id
+        self.auto_map = kwargs.pop("auto_map", {})
+        kwargs.pop("use_cache", None)
+        # TRL takes a model that has this key for one that returns a load-balancing loss.
+        kwargs.pop("output_router_logits", None)
+        _refuse_unpublished(hidden_act=hidden_act, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
+        )
+
+
+def _refuse_unpublished(**keys) -> None:
+    """ValueError that names the keys which ask for more than the published network."""
+    published = {
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "clip_qkv": None,
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": False,
+        "partial_rotary_factor": 1,
+        "rope_scaling": None,
+        "routed_scaling_factor": 1,
+        "router_num_group": None,
+        "router_topk_group": None,
+        "shared_expert_intermediate_size": None,
+    }
+    wrong = {name: keys[name] for name, value in published.items() if keys.get(name) not in (None, value)}
+    if not all(keys.get("moe_layer_freq") or [1]):
+        wrong["moe_layer_freq"] = keys["moe_layer_freq"]
+    if wrong:
+        raise ValueError(
+            f"LLaDA-MoE checkpoint with {', '.join(f'{name}={value!r}' for name, value in wrong.items())}: only the "
+            "published network (experts in every layer, plain softmax routing, full rotary positions, no biases, "
+            "untied head) is implemented."
+        )
+
+
+class Expert(nn.Module):
+    """SwiGLU, under the names of one expert."""
+
+    def __init__(self, config: LLaDAMoEConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.expert_intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.expert_intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.expert_intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RoutedExperts(nn.Module):
+    """Each token's sum over its `num_experts_per_tok` most probable experts, weighted by their probabilities.
+
+    Probabilities are those of the softmax over all experts and are not renormalised over the chosen ones.
+    """
+
+    def __init__(self, config: LLaDAMoEConfig):
+        super().__init__()
+        self.num_chosen = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        probs = self.gate(tokens).softmax(-1, dtype=torch.float32)
+        weights, chosen = probs.topk(self.num_chosen, dim=-1)
+        # (token, choice) pairs in the order of their experts: one look at the device, then contiguous slices.
+        pairs = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        slices = tokens[pairs // self.num_chosen].split(counts)
+        # Every expert is called, also with no token: under ZeRO-3 all processes must make the same calls.
+        answers = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
+        answers = answers[pairs.argsort()].unflatten(0, chosen.shape)
+        return torch.einsum("tk,tkd->td", weights.to(x.dtype), answers).view_as(x)
+
+
+class Attention(nn.Module):
+    """Bidirectional attention with norms on each head's queries and keys."""
+
+    def __init__(self, config: LLaDAMoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.qk_layernorm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values) -> Tensor:
+        query, key, value = (
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        if self.config.qk_layernorm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        return self.o_proj(attended.flatten(2))
+
+
+class LLaDAMoELayer(GradientCheckpointingLayer):
+    def __init__(self, config: LLaDAMoEConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = RoutedExperts(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), attention_mask, cos, sin, past_key_values)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LLaDAMoEPreTrainedModel(PreTrainedModel):
+    config_class = LLaDAMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDAMoELayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: LLaDAMoEConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
+        self.embed_tokens = embedding
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+    ) -> Tensor:
+        """Hidden states [B, L, d] after the final norm. Takes [B, K] masks of the K attended keys, True = visible."""
+        x = self.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_table(position_ids, head_dim, self.config.rope_theta)
+        if attention_mask is not None and "flash" not in (self.config._attn_implementation or ""):
+            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
+        for layer in self.layers:
+            x = layer(x, attention_mask, cos, sin, past_key_values=past_key_values)
+        return self.norm(x)
+
+
+class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
+    """LLaDA-MoE with its head: a mask predictor without logit shift."""
+
+    def __init__(self, config: LLaDAMoEConfig):
+        super().__init__(config)
+        self.model = LLaDAMoEModel(config)
+        self.lm_head = ScoringHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
+        self.model.set_input_embeddings(embedding)
+
+    def get_output_embeddings(self) -> ScoringHead:
+        return self.lm_head
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self.lm_head = head
+
+    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> Tensor:
+        return self.model(input_ids, attention_mask, position_ids, past_key_values)

@@ -1,0 +1,111 @@
+"""Adapters folded into their base model, written in the base's own layout, so that anybody's code loads the result.
+
+Names, shards, precision, config.json, tokenizer and remote-code files are the base's own, byte for byte; only the
+adapted weights differ. Adapters trained on 4-bit weights are folded into the full-precision ones.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dgrpo.models.loading import load_model, put_adapter
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Other copies of the weights, and what training leaves beside them.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def merge_adapters(
+    adapters: str | Path | Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+) -> Path:
+    """The folder `output_dir` with the base model into which `adapters` are folded, one after the other.
+
+    adapters: folders or hub names; of an SFT adapter and one trained on top of it, SFT's comes first. None of them:
+    a copy of the base, equal in every bit. base: the model that the first adapter names, unless given.
+    """
+    adapters = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if base is None:
+        if not adapters:
+            raise ValueError("base=None: without an adapter, say which model to write.")
+        base = PeftConfig.from_pretrained(str(adapters[0])).base_model_name_or_path
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output_dir={str(output)!r} is not an empty folder; choose another.")
+    source = _local_folder(str(base), revision)
+    shards = _shards(source)
+    stored = {name: dtype for shard in shards for name, dtype in _stored_dtypes(source / shard).items()}
+    if quantized := sorted(set(stored.values()) - set(_DTYPES)):
+        raise ValueError(f"base={str(base)!r} is stored as {', '.join(quantized)}: name the full-precision weights.")
+    # Weights of mixed precision go through the widest and come back unchanged.
+    model, _ = load_model(source, _DTYPES[stored.popitem()[1]] if len(set(stored.values())) == 1 else torch.float32)
+    for adapter in adapters:
+        model = put_adapter(model, str(adapter), is_trainable=False).merge_and_unload(safe_merge=True)
+    weights = model.state_dict()
+    output.mkdir(parents=True, exist_ok=True)
+    for shard in shards:
+        _write_shard(source / shard, output / shard, weights)
+    copy_companions(source, output)
+    return output
+
+
+def copy_companions(source: str | Path, output_dir: str | Path) -> None:
+    """Everything that a checkpoint's folder holds besides weights: config, tokenizer, shard index, remote code.
+
+    Files that `output_dir` already has stay as they are.
+    """
+    for path in sorted(Path(source).iterdir()):
+        target = Path(output_dir, path.name)
+        if path.name.startswith((".", "adapter_")) or path.suffix in _NOT_COPIED or target.exists():
+            continue
+        if path.is_file():
+            shutil.copyfile(path, target)
+        elif path.name == "additional_chat_templates":
+            shutil.copytree(path, target)
+
+
+def _local_folder(name_or_path: str, revision: str | None) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    ignored = [f"*{suffix}" for suffix in _NOT_COPIED if suffix != ".safetensors"]
+    return Path(snapshot_download(name_or_path, revision=revision, ignore_patterns=ignored))
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the files that hold the weights."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return ["model.safetensors"]
+
+
+def _stored_dtypes(shard: Path) -> dict[str, str]:
+    with safe_open(shard, "pt") as tensors:
+        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+
+
+def _write_shard(source: Path, target: Path, weights: dict[str, torch.Tensor]) -> None:
+    """The tensors that `source` holds, with the values of `weights`, in the precision and order of `source`."""
+    merged = {}
+    with safe_open(source, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            original = tensors.get_tensor(name)
+            weight = weights.get(name, original)
+            if weight.shape != original.shape:
+                raise ValueError(
+                    f"{name}: the adapter turns {list(original.shape)} into {list(weight.shape)}, which does not fit "
+                    "the base's config.json. Resize and save the base before training an adapter on it."
+                )
+            merged[name] = weight.to(original.dtype).contiguous()
+        metadata = tensors.metadata()
+    save_file(merged, target, metadata=metadata)

@@ -1,0 +1,275 @@
+"""One page per run: curves, time, completions worth reading, configuration. Written while training and at its end."""
+
+import os
+from pathlib import Path
+
+from dgrpo import completion_views
+from dgrpo.curves import PANELS, draw_curves, with_summary_accuracy
+from dgrpo.page import write_page
+from dgrpo.player import printable
+from dgrpo.run_folder import (
+    Completion,
+    Metrics,
+    message_text,
+    read_completions,
+    read_config,
+    read_json,
+    read_metrics,
+    read_summary,
+)
+
+MAX_POINTS = 600  # of a curve; more are averaged
+MAX_SPREAD_ROWS, MAX_ROWS = 240, 60  # of the view over the whole run, and of each other view
+MAX_TEXT_BYTES = 3_000_000  # of all prompts and completions together
+MAX_SAMPLES = 24
+PHASES = ("rollout", "rewards", "scoring", "update")
+
+# Title, its unit or explanation, and the columns of metrics.csv with their names in the legend.
+CHARTS = (
+    ("Reward", "mean of the batch", {"reward": "reward"}),
+    ("Held-out accuracy", "%", {"eval_accuracy": "right", "eval_reasons": "in the format, with reasoning"}),
+    ("KL to the reference", "per token", {"kl": "KL"}),
+    (
+        "Clip ratio",
+        "%",
+        {"clip_ratio/region_mean": "clipped", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
+    ),
+    ("Entropy", "nats per token", {"entropy": "entropy"}),
+    ("Completion length", "tokens", {"completions/mean_length": "mean"}),
+    ("Groups without spread", "%", {"frac_reward_zero_std": "groups whose rewards are all equal"}),
+    ("Throughput", "completion tokens per second", {"tokens_per_second": "tokens/s"}),
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run's folder, from whatever files the run has written so far."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"run_dir={str(run_dir)!r}: there is no such folder.")
+    data = report_data(run_dir)
+    return write_page(run_dir / "report.html", "report", data["title"], data)
+
+
+def write_curves(run_dir: str | Path) -> Path:
+    """Write `curves.png` into a run's folder: reward, held-out accuracy, KL and clip ratio against steps."""
+    run_dir = Path(run_dir)
+    metrics = with_summary_accuracy(read_metrics(run_dir), read_summary(run_dir))
+    return draw_curves(run_dir / "curves.png", {"": [metrics]}, PANELS)
+
+
+def report_data(run_dir: Path) -> dict:
+    """Everything that the page shows, ready for JSON."""
+    summary, (config_text, config) = read_summary(run_dir), read_config(run_dir)
+    metrics = with_summary_accuracy(read_metrics(run_dir), summary)
+    completions, unreadable = read_completions(run_dir)
+    task, seed = (summary.get(key, config.get(key)) for key in ("task", "seed"))
+    model = summary.get("model", config.get("model_name_or_path"))
+    notes = [f"{name} cannot be read and is left out." for name in unreadable]
+    if not summary.get("after"):
+        notes.append("The run has not ended, or has not written its summary: this is what it has logged so far.")
+    return {
+        "title": printable(" ".join(str(part) for part in (task or run_dir.resolve().name, "run report"))),
+        "subtitle": printable(
+            ", ".join(
+                f"{key} {value}"
+                for key, value in (("model", model), ("seed", seed), ("folder", run_dir.resolve().name))
+                if value is not None
+            )
+        ),
+        "notes": notes,
+        "tiles": tiles(summary, metrics),
+        "charts": charts(metrics),
+        "time": time_split(metrics),
+        "more": other_charts(metrics),
+        "samples": samples(read_json(run_dir, "samples.json")),
+        "completions": completion_table(completions),
+        "config": printable(config_text),
+        "versions": _flat({k: v for k, v in summary.items() if k not in ("before", "after", "task", "model", "seed")}),
+    }
+
+
+def tiles(summary: dict, metrics: Metrics) -> list[dict]:
+    """The few numbers at the top: label, value and a remark."""
+    shown = []
+    for key, label in (("before", "Accuracy before"), ("after", "Accuracy after")):
+        result = summary.get(key) or {}
+        accuracy, count = result.get("accuracy"), result.get("n")
+        if accuracy is not None:
+            low, high = result.get("interval") or (None, None)
+            parts = [f"{100 * low:.1f} to {100 * high:.1f} %"] if low is not None else []
+            parts += [f"{count} problems"] if count else []
+            shown.append({"label": label, "value": f"{100 * accuracy:.1f} %", "remark": ", ".join(parts)})
+    if len(shown) == 2:
+        gain = 100 * (summary["after"]["accuracy"] - summary["before"]["accuracy"])
+        shown.append({"label": "Gain", "value": f"{gain:+.1f}", "remark": "percentage points"})
+    if rewards := [value for _, value in metrics.get("reward", [])]:
+        tenth = max(1, len(rewards) // 10)
+        first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
+        shown.append({"label": "Reward", "value": f"{last:.3g}", "remark": f"from {first:.3g}; tenths of the run"})
+    steps = summary.get("steps") or max((points[-1][0] for points in metrics.values()), default=None)
+    if steps is not None:
+        shown.append({"label": "Steps", "value": f"{steps:,}", "remark": ""})
+    if (seconds := summary.get("wall_seconds")) is not None:
+        cpu = summary.get("cpu_seconds")
+        shown.append(
+            {
+                "label": "Time",
+                "value": duration(seconds),
+                "remark": f"{duration(cpu)} of CPU" if cpu is not None else "",
+            }
+        )
+    if processes := summary.get("num_processes"):
+        shown.append(
+            {"label": "Processes", "value": str(processes), "remark": str(summary.get("distributed_type", ""))}
+        )
+    return shown
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 07 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def thin(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
+    """The curve as at most `limit` points, each the mean of its neighbours and at the last one's step."""
+    size = -(-len(points) // limit)
+    parts = [points[start : start + size] for start in range(0, len(points), size)] if points else []
+    return [[part[-1][0], float(f"{sum(value for _, value in part) / len(part):.5g}")] for part in parts]
+
+
+def _chart(title: str, unit: str, names: dict[str, str], metrics: Metrics) -> dict:
+    series = [
+        {"name": printable(label), "points": thin(metrics[name])} for name, label in names.items() if metrics.get(name)
+    ]
+    return {"title": printable(title), "unit": unit, "series": series}
+
+
+def _components(metrics: Metrics) -> dict[str, str]:
+    return {name: name.split("/")[1] for name in metrics if name.startswith("rewards/") and name.endswith("/mean")}
+
+
+def charts(metrics: Metrics) -> list[dict]:
+    """The curves that tell how a run goes; those without data are left out."""
+    specs = list(CHARTS)
+    specs.insert(1, ("Reward by function", "before weighting", _components(metrics)))
+    return [chart for spec in specs if (chart := _chart(*spec, metrics))["series"]]
+
+
+def other_charts(metrics: Metrics) -> list[dict]:
+    """A curve for each metric that is shown nowhere else."""
+    shown = {name for _, _, names in CHARTS for name in names} | set(_components(metrics))
+    shown |= {f"time/{phase}" for phase in PHASES}
+    return [_chart(name, "", {name: name}, metrics) for name in sorted(metrics) if name not in shown]
+
+
+def time_split(metrics: Metrics, max_bars: int = 40) -> dict:
+    """Mean seconds per step in each phase, over at most `max_bars` stretches of the run; phases not logged took 0."""
+    logged = {phase: dict(metrics.get(f"time/{phase}", [])) for phase in PHASES}
+    steps = sorted({step for values in logged.values() for step in values})
+    size = max(1, -(-len(steps) // max_bars))
+    stretches = [steps[start : start + size] for start in range(0, len(steps), size)]
+    phases = [
+        {
+            "name": phase,
+            "values": [float(f"{sum(values.get(step, 0.0) for step in part) / len(part):.5g}") for part in stretches],
+        }
+        for phase, values in logged.items()
+        if values
+    ]
+    return {"from": [part[0] for part in stretches], "to": [part[-1] for part in stretches], "phases": phases}
+
+
+def samples(stored: object) -> list[dict]:
+    """The same problems before and after training."""
+    items = [item for item in stored if isinstance(item, dict)] if isinstance(stored, list) else []
+    keys = ("prompt", "gold", "before", "after")
+    return [
+        {
+            key: message_text(v if isinstance(v := item.get(key), str | list) else "" if v is None else str(v))[:6000]
+            for key in keys
+        }
+        for item in items[:MAX_SAMPLES]
+    ]
+
+
+def completion_table(completions: list[Completion]) -> dict:
+    """The views of the completions, over one pool of texts that stays under `MAX_TEXT_BYTES`."""
+    views = [
+        ("Whole run", "evenly spaced over the run", completion_views.evenly_spaced(completions, MAX_SPREAD_ROWS)),
+        ("Best", "highest reward, latest first", completion_views.best(completions, MAX_ROWS)),
+        ("Worst", "lowest reward, latest first", completion_views.worst(completions, MAX_ROWS)),
+        (
+            "Most changed",
+            "prompts sampled more than once, by the change of their mean reward between the first and the last time",
+            completion_views.most_changed(completions, MAX_ROWS),
+        ),
+        (
+            "Rewarded, wrong format",
+            "reward without its format part; read these for reward hacking",
+            completion_views.paid_without_format(completions, MAX_ROWS),
+        ),
+    ]
+    prefix = common_beginning({completion.prompt for completion in completions})
+    pool: dict[str, int] = {}
+
+    def as_row(completion: Completion, earlier: Completion | None, change: float | None) -> dict:
+        row = {
+            "step": completion.step,
+            "prompt": pool.setdefault(completion.prompt[len(prefix) :], len(pool)),
+            "text": pool.setdefault(completion.text, len(pool)),
+            "rewards": [_short(completion.rewards.get(name)) for name in names],
+            "total": _short(completion.total),
+            "advantage": _short(completion.advantage),
+        }
+        if earlier is not None:
+            text = pool.setdefault(earlier.text, len(pool))
+            row["earlier"] = {"step": earlier.step, "text": text, "total": _short(earlier.total)}
+            row["change"] = _short(change)
+        return row
+
+    names = list(dict.fromkeys(name for completion in completions for name in completion.rewards))
+    shown = [{"name": name, "help": help, "rows": [as_row(*row) for row in rows]} for name, help, rows in views]
+    return {
+        "rewards": [printable(name) for name in names],
+        "prefix": prefix,
+        "views": shown,
+        "texts": cut_texts(list(pool), MAX_TEXT_BYTES),
+        "logged": len(completions),
+    }
+
+
+def common_beginning(prompts: set[str]) -> str:
+    """The instructions that all prompts begin with, up to a white space; empty when short or for a single prompt."""
+    if len(prompts) < 2:
+        return ""
+    prefix = os.path.commonprefix(list(prompts))
+    end = max(prefix.rfind(" "), prefix.rfind("\n")) + 1
+    return prefix[:end] if end >= 60 else ""
+
+
+def cut_texts(texts: list[str], max_bytes: int) -> list[str]:
+    """The texts, cut to the longest of a few lengths at which they fit into `max_bytes` together."""
+    for length in (20_000, 8000, 4000, 2000, 1000, 500, 200):
+        cut = [text if len(text) <= length else f"{text[:length]} [cut: {len(text):,} characters]" for text in texts]
+        if sum(len(text.encode()) for text in cut) <= max_bytes:
+            break
+    return cut
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _flat(values: dict, prefix: str = "") -> list[list[str]]:
+    rows = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append([printable(f"{prefix}{key}"), printable(str(value))])
+    return rows

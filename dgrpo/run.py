@@ -1,0 +1,205 @@
+"""The few steps that every recipe shares: read the settings, load the model, train, evaluate, write what came out."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dgrpo.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
+from dgrpo.models import load_model
+from dgrpo.models.loading import family_of
+from dgrpo.report import write_curves, write_report
+from dgrpo.tasks import EMBEDDED, Task
+from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
+from dgrpo.trainers.plugins import resolve_reward
+
+CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
+
+
+@dataclass
+class RecipeConfig:
+    """What a recipe adds to the trainer's and the model's settings."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: 'package.module:function' or installed names."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, local .jsonl/.json/.csv/.parquet file, or 'embedded'."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, if not of the same source."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Use only so many training problems."})
+    num_eval_problems: int = field(default=512, metadata={"help": "Held-out problems of each evaluation."})
+    evaluate_every: int = field(default=0, metadata={"help": "Updates between evaluations; 0: before and after only."})
+    instruction: str | None = field(default=None, metadata={"help": "Text before each question; default: the task's."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to go on from."}
+    )
+    sample_every: int = field(default=4, metadata={"help": "Rollouts between printed completions; 0: none."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+
+def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None) -> tuple:
+    """The recipe's settings: the YAML beside it or --config FILE, then --preset FILE, then the command line.
+
+    Unknown keys of a YAML or of the command line are a ValueError.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    files = [_option(argv, "--config") or str(Path(recipe).with_suffix(".yaml")), _option(argv, "--preset")]
+    settings: dict[str, Any] = {}
+    for file in filter(None, files):
+        loaded = yaml.safe_load(Path(file).read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"config={file!r}: must be a YAML mapping of settings.")
+        settings |= loaded
+    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig))
+    known = {action.dest for action in parser._actions}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"{' + '.join(filter(None, files))}: unknown keys {unknown}. Remove them or mend their spelling."
+        )
+    parser.set_defaults_with_config(**settings)
+    *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"unknown arguments {rest}. `--help` lists the settings.")
+    return tuple(configs)
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """Takes `name VALUE` or `name=VALUE` out of argv."""
+    for index, word in enumerate(argv):
+        if word == name and index + 1 < len(argv):
+            del argv[index]
+            return argv.pop(index)
+        if word.startswith(name + "="):
+            return argv.pop(index).partition("=")[2]
+    return None
+
+
+def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig):
+    """Model, tokenizer and LoRA settings (None when fine-tuning in full or going on with an adapter)."""
+    if model_config.model_name_or_path in (None, EMBEDDED):
+        model_config.model_name_or_path = str(CHECKPOINTS / task.name)
+    name = model_config.model_name_or_path
+    family = family_of(name, model_config.model_revision)
+    set_seed(args.seed)
+    model, tokenizer = load_model(
+        name,
+        dtype=model_config.dtype or ("bfloat16" if args.bf16 else "float32"),
+        attn_implementation=model_config.attn_implementation or "sdpa",
+        quantization_config=get_quantization_config(model_config),
+        adapter=recipe.adapter_name_or_path,
+        revision=model_config.model_revision,
+    )
+    peft_config: LoraConfig | None = get_peft_config(model_config)
+    if recipe.adapter_name_or_path is not None:
+        return model, tokenizer, None
+    if peft_config is not None and model_config.lora_target_modules is None:
+        peft_config.target_modules = family.lora_targets
+    return model, tokenizer, peft_config
+
+
+def rewards_of(recipe: RecipeConfig) -> list:
+    """The reward functions that the recipe names."""
+    if not recipe.reward_funcs:
+        raise ValueError("reward_funcs=[]: name at least one reward, as 'package.module:function'.")
+    return [resolve_reward(name) for name in recipe.reward_funcs]
+
+
+def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_name: str) -> dict:
+    """Trains with progress and metrics, evaluates before and after, and writes the run's folder; its summary."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
+    metrics = MetricsFile(output_dir / "metrics.csv")
+    evaluation = HeldOutEvaluation(task, held_out, recipe.evaluate_every, args.per_device_eval_batch_size, metrics)
+    attach(trainer, [metrics, ProgressLine(recipe.sample_every), evaluation])
+    if trainer.accelerator.is_main_process:
+        _write_config(output_dir, recipe, args, model_name)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    checkpoint = get_last_checkpoint(str(output_dir)) if recipe.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    trainer.save_model()
+    metrics.flush()
+    before, after = evaluation.before, evaluation.after
+    summary = {
+        "task": task.name,
+        "model": model_name,
+        "seed": args.seed,
+        "before": before.summary(),
+        "after": after.summary(),
+        "steps": trainer.state.global_step,
+        "wall_seconds": round(wall_seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "estimator": args.estimator if isinstance(args.estimator, str) else "custom",
+        "versions": {name: version(name) for name in ("dgrpo", "torch", "trl", "transformers", "peft", "deepspeed")},
+    }
+    if trainer.accelerator.is_main_process:
+        samples = [
+            {"prompt": row["question"], "gold": str(row.get("answer", "")), "before": old, "after": new}
+            for row, old, new in list(zip(held_out, before.completions, after.completions, strict=True))[:16]
+        ]
+        (output_dir / "samples.json").write_text(json.dumps(samples, indent=1))
+        (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_curves(output_dir)
+        write_report(output_dir)
+        show_summary(summary, samples[:4], output_dir)
+    return summary
+
+
+def _write_config(output_dir: Path, recipe: RecipeConfig, args: DiffuGRPOConfig, model_name: str) -> None:
+    defaults = {name: each.default for name, each in type(args).__dataclass_fields__.items()}
+    changed = {k: v for k, v in args.to_dict().items() if v != defaults.get(k) and "token" not in k}
+    settings = {"model_name_or_path": model_name} | asdict(recipe) | changed
+    (output_dir / "config.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
+    )
+
+
+def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
+    """The same problems before and after, and accuracy as a small table."""
+    console = Console()
+    for sample in samples:
+        console.print(f"\n[bold]{sample['prompt']}[/bold]  (answer {sample['gold']})", highlight=False)
+        for when in ("before", "after"):
+            console.print(f"  {when:>6}: {sample[when]!r}", markup=False, highlight=False)
+    table = Table(title=f"{summary['task']}, held-out, greedy, n={summary['before']['n']}")
+    for column in ("", "accuracy", "95 % interval", "reason", "length"):
+        table.add_column(column, justify="left" if not column else "right")
+    for when in ("before", "after"):
+        found = summary[when]
+        low, high = found["interval"]
+        table.add_row(
+            when,
+            f"{found['accuracy']:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{found['reasons']:.0%}",
+            f"{found['mean_length']:.1f}",
+        )
+    console.print()
+    console.print(table)
+    ceiling = summary["before"]["accuracy_where_it_reasons"]
+    if ceiling is not None:
+        console.print(
+            f"Before training, {ceiling:.1%} of the answers were right where the model reasoned: the ceiling."
+        )
+    console.print(
+        f"{summary['steps']} updates in {summary['wall_seconds']:.0f} s ({summary['cpu_seconds']:.0f} CPU-s); "
+        f"everything is in {output_dir}{os.sep}"
+    )

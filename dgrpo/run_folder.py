@@ -1,0 +1,126 @@
+"""Reading what a run wrote: metrics, summary, configuration, completions. Anything may be missing, or half written."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from dgrpo.player import printable
+
+# A long run logs thousands of tables of completions; this many of them, evenly spaced, tell its story.
+MAX_TABLES = 300
+
+# metric -> [(step, value)], by increasing step
+Metrics = dict[str, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One logged completion and what it earned."""
+
+    step: int
+    prompt: str
+    text: str
+    rewards: dict[str, float | None]  # by reward function; None where it did not apply
+    total: float  # weighted sum, as trained on
+    advantage: float | None
+
+
+def number(text: object) -> float | None:
+    """A finite number, or None for anything else."""
+    try:
+        value = float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(run_dir: str | Path) -> Metrics:
+    """Every column of metrics.csv; of a step that was logged twice (after a resume) the last value counts."""
+    path = Path(run_dir) / "metrics.csv"
+    if not path.exists():
+        return {}
+    values: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(line.replace("\0", "") for line in file):
+            step = number(row.pop("step", None))
+            if step is None:
+                continue
+            for name, cell in row.items():
+                value = number(cell)
+                if name and value is not None:
+                    values.setdefault(name, {})[int(step)] = value
+    return {name: sorted(points.items()) for name, points in values.items()}
+
+
+def read_json(run_dir: str | Path, name: str) -> dict | list | None:
+    """The content of a JSON file of the run, None when it is missing or half written."""
+    try:
+        return json.loads((Path(run_dir) / name).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def read_summary(run_dir: str | Path) -> dict:
+    summary = read_json(run_dir, "summary.json")
+    return summary if isinstance(summary, dict) else {}
+
+
+def read_config(run_dir: str | Path) -> tuple[str, dict]:
+    """config.yaml as text and as a dict; empty when missing or half written."""
+    path = Path(run_dir) / "config.yaml"
+    if not path.exists():
+        return "", {}
+    text = path.read_text("utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    return text, config if isinstance(config, dict) else {}
+
+
+def message_text(message: object) -> str:
+    """The text of a prompt or completion: of a conversation, the last message; never a character that misleads."""
+    if isinstance(message, str):
+        return printable(message)
+    if message is None or isinstance(message, float) or len(message) == 0:  # type: ignore[arg-type]
+        return ""
+    return printable(str(message[-1].get("content") or ""))  # type: ignore[index]
+
+
+def read_completions(run_dir: str | Path) -> tuple[list[Completion], list[str]]:
+    """The logged completions of at most `MAX_TABLES` steps, by step, and the names of the files that cannot be read.
+
+    A reward is a column for which metrics.csv has `rewards/<column>/mean`; without metrics, any column of numbers.
+    """
+    paths = sorted((Path(run_dir) / "completions").glob("completions_*.parquet"))
+    if len(paths) > MAX_TABLES:
+        paths = [paths[round(index * (len(paths) - 1) / (MAX_TABLES - 1))] for index in range(MAX_TABLES)]
+    known = [
+        name.split("/")[1] for name in read_metrics(run_dir) if name.startswith("rewards/") and name.endswith("/mean")
+    ]
+    weights = read_config(run_dir)[1].get("reward_weights")
+    completions: list[Completion] = []
+    unreadable = []
+    for path in paths:
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError):  # pyarrow's errors are these; a table still being written ends early
+            unreadable.append(path.name)
+            continue
+        if not {"step", "prompt", "completion"} <= set(table):
+            unreadable.append(path.name)
+            continue
+        numeric = table.select_dtypes("number").columns.drop(["step", "advantage"], errors="ignore")
+        rewards = [name for name in table if name in known] or list(numeric)
+        weight = dict(zip(rewards, weights, strict=False)) if isinstance(weights, list) else {}
+        for row in table.to_dict("records"):
+            scores = {name: number(row[name]) for name in rewards}
+            total = sum(score * float(weight.get(name, 1.0)) for name, score in scores.items() if score is not None)
+            prompt, text = message_text(row["prompt"]), message_text(row["completion"])
+            completions.append(Completion(int(row["step"]), prompt, text, scores, total, number(row.get("advantage"))))
+    return completions, unreadable

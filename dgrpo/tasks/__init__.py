@@ -1,0 +1,8 @@
+"""Tasks: datasets, prompts and graders, the same for training and evaluation."""
+
+from dgrpo.tasks import gsm8k
+from dgrpo.tasks.task import EMBEDDED, Task, load_rows, prompt_messages
+
+TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK,)}
+
+__all__ = ["EMBEDDED", "TASKS", "Task", "load_rows", "prompt_messages"]

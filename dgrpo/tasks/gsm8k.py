@@ -1,0 +1,38 @@
+"""GSM8K: grade-school word problems (arXiv:2110.14168), rows of `question` and `answer` ending in `#### N`."""
+
+from typing import Any
+
+from dgrpo.tasks.task import Task
+from dgrpo.tiny import problems
+from rewards.gsm8k import correctness_reward
+
+INSTRUCTION = """Solve the problem step by step. Write your working between <reasoning> and </reasoning>, then only \
+the final number between <answer> and </answer>:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+
+
+def to_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The question, and the number after `####` without thousands separators."""
+    return {"question": row["question"], "answer": row["answer"].rpartition("####")[2].strip().replace(",", "")}
+
+
+def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
+    """Generated two-step problems; held-out ones share no (template, operands) with the others."""
+    draw = problems.train_problems if split == "train" else problems.held_out_problems
+    return draw(num_problems, seed)
+
+
+TASK = Task(
+    name="gsm8k",
+    hub_name="openai/gsm8k",
+    hub_config="main",
+    instruction=INSTRUCTION,
+    to_row=to_row,
+    grade=correctness_reward,
+    embedded=embedded,
+)

@@ -1,0 +1,120 @@
+"""Configuration of diffu-GRPO: TRL's GRPOConfig and what a diffusion policy adds."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+from dgrpo.estimators import ESTIMATORS
+from dgrpo.sampling import SamplerConfig
+from dgrpo.trainers.plugins import resolve_estimator
+
+# Settings of TRL that speak of next-token generation or of another log-probability; honoured by nothing here.
+_REFUSED = {
+    "use_vllm": (False, "rollouts are denoised by dgrpo's own sampler"),
+    "use_transformers_continuous_batching": (False, "rollouts are denoised by dgrpo's own sampler"),
+    "use_transformers_paged": (False, "rollouts are denoised by dgrpo's own sampler"),
+    "top_p": (1.0, "the sampler draws from the whole vocabulary; use temperature"),
+    "top_k": (0, "the sampler draws from the whole vocabulary; use temperature"),
+    "min_p": (None, "the sampler draws from the whole vocabulary; use temperature"),
+    "repetition_penalty": (1.0, "the sampler has no repetition penalty"),
+    "cache_implementation": (None, "use `cache` ('prefix' or 'dual')"),
+    "generation_kwargs": (None, "set the sampler's fields themselves (block_length, diffusion_steps, ...)"),
+    "use_liger_kernel": (False, "scoring has its own chunked head"),
+    "router_aux_loss_coef": (None, "no family has a load-balancing loss"),
+    "cast_lm_head_to_fp32": (False, "log-probabilities are float32 already"),
+    "off_policy_mask_threshold": (None, "it needs the sampler's own log-probabilities"),
+}
+
+
+@dataclass
+class DiffuGRPOConfig(GRPOConfig):
+    """The objective defaults to d1's (arXiv:2504.12216) in TRL's words; see `recipes/presets` for other methods."""
+
+    loss_type: str = field(default="bnpo", metadata={"help": "d1 averages tokens over the micro-batch."})
+    scale_rewards: str = field(default="none", metadata={"help": "d1 does not divide advantages by their deviation."})
+    epsilon: float = field(default=0.5, metadata={"help": "Clip range of the ratio."})
+    beta: float = field(default=0.04, metadata={"help": "Weight of the KL to the reference model."})
+    num_iterations: int = field(
+        default=12, metadata={"help": "Inner updates (mu) per rollout, each on its own masks."}
+    )
+    num_generations: int | None = field(default=6, metadata={"help": "Completions sampled per prompt (G)."})
+    temperature: float = field(default=0.9, metadata={"help": "Sampling temperature of the rollouts."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Without it the ratio is not 1 where the policy has not moved."}
+    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards read the other columns."})
+
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Prompts with more tokens are left out before training, with a count."}
+    )
+    max_completion_length: int | None = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
+    block_length: int = field(default=32, metadata={"help": "Blocks are denoised from left to right."})
+    diffusion_steps: int = field(default=128, metadata={"help": "Denoising steps over the whole completion."})
+    remasking: str = field(default="low_confidence", metadata={"help": "Order of commitment within a block."})
+    cfg_scale: float = field(default=0.0, metadata={"help": "Classifier-free guidance of the rollouts; 0 is off."})
+    stop_at_eos: bool = field(default=True, metadata={"help": "Rows leave the batch after the block they ended in."})
+    cache: str | None = field(default=None, metadata={"help": "Approximate rollouts: 'prefix' or 'dual' cache."})
+    cache_refresh: int | None = field(default=None, metadata={"help": "Steps between refreshes; None: per block."})
+    threshold: float | None = field(default=None, metadata={"help": "Commit every token at least this probable."})
+    factor: float | None = field(default=None, metadata={"help": "Fast-dLLM's factor rule for parallel decoding."})
+    entropy_bound: float | None = field(default=None, metadata={"help": "EB-Sampler's bound, in nats."})
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows denoised at a time on one process; None: all of them."}
+    )
+
+    estimator: str = field(
+        default="one_step",
+        metadata={
+            "help": f"Masked views that are scored: {', '.join(ESTIMATORS)}, or package.module:function."
+        },
+    )
+    estimator_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the estimator, as a mapping (JSON on the command line)."}
+    )
+    p_mask_prompt: float = field(default=0.15, metadata={"help": "one_step: share of prompt tokens hidden."})
+    prompt_mask_scope: str = field(
+        default="group",
+        metadata={
+            "help": "one_step: 'group' shares a prompt mask, and so one pass, among a prompt's rollouts; 'row'."
+        },
+    )
+    score_temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it in scoring."})
+    views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
+
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]
+
+    def __post_init__(self):
+        for name, (neutral, reason) in _REFUSED.items():
+            value = getattr(self, name, neutral)
+            if value != neutral:
+                raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutral!r}.")
+        if self.bf16 is None:
+            # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
+            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        super().__post_init__()
+        self.sampler()
+        resolve_estimator(self.estimator)
+        if self.prompt_mask_scope not in ("group", "row"):
+            raise ValueError(f"prompt_mask_scope={self.prompt_mask_scope!r}: choose 'group' or 'row'.")
+        if not 0 <= self.p_mask_prompt <= 1:
+            raise ValueError(f"p_mask_prompt={self.p_mask_prompt}: must be a probability.")
+        for name in ("score_temperature", "views_per_pass", "num_iterations"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive.")
+        if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: with prompt_mask_scope='group' a "
+                f"micro-batch holds whole groups; make it a multiple of num_generations={self.num_generations}, or set "
+                "prompt_mask_scope='row'."
+            )
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the rollouts of one prompt must stay together in a micro-batch."""
+        return self.prompt_mask_scope == "group"
+
+    def sampler(self) -> SamplerConfig:
+        """The rollouts' sampler; it has no settings of its own."""
+        names = SamplerConfig.__dataclass_fields__.keys() & self.__dataclass_fields__.keys()
+        return SamplerConfig(**{name: getattr(self, name) for name in names})

@@ -1,0 +1,339 @@
+"""diffu-GRPO: the difference between a masked diffusion policy and trl.GRPOTrainer.
+
+Letters: B rollouts of this process, G rollouts of one prompt, P prompt tokens, C completion tokens, L = P + C,
+N masked views, mu inner updates per rollout batch.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import trl
+from packaging.version import Version
+from torch import Tensor
+from transformers.utils import logging
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler, pad, split_tensor_dict, use_adapter
+
+from dgrpo.logprobs import mean_entropy, score_views
+from dgrpo.sampling import Rollout, generate
+from dgrpo.sampling.draw import row_keys
+from dgrpo.trainers.config import DiffuGRPOConfig
+from dgrpo.trainers.plugins import resolve_estimator
+from dgrpo.trainers.rewards import check_columns, guarded
+from dgrpo.views import MaskedViews, draw_views, stream
+
+if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
+    raise ImportError(
+        f"dgrpo overrides private methods of trl 1.16, not of {trl.__version__}: pip install 'trl>=1.16,<1.17'"
+    )
+
+logger = logging.get_logger(__name__)
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's prompt order, as a function of (seed, epoch): a resumed run meets the prompts that it would have met."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = stream("prompts", self.seed or 0, epoch)
+
+
+class DiffuGRPOTrainer(GRPOTrainer):
+    """trl.GRPOTrainer for mask predictors. What differs, method by method:
+
+    `_generate_single_turn` denoises instead of generating left to right and draws the masked views of the rollouts;
+    `_generate_and_score_completions` puts the full canvases and the views into the batch;
+    `_prepare_inputs` keeps groups together, scores old and reference log-probabilities for each inner iteration, and
+    hands out the iteration's slice; `_get_per_token_logps_and_entropies` scores under masked views.
+    Rewards, advantages, loss and logging are TRL's.
+    """
+
+    args: DiffuGRPOConfig
+    _tag_names = ["trl", "grpo", "dgrpo"]
+
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args: DiffuGRPOConfig,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: list | None = None,
+        optimizers=(None, None),
+        peft_config=None,
+        estimator: Callable[..., MaskedViews] | None = None,
+    ):
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_columns(reward_funcs, train_dataset.column_names)
+        is_module = [isinstance(reward, torch.nn.Module | str) for reward in reward_funcs]
+        reward_funcs = [
+            reward if module else guarded(reward) for reward, module in zip(reward_funcs, is_module, strict=True)
+        ]
+        if args.max_prompt_length is not None:
+            train_dataset = without_long_prompts(train_dataset, processing_class, args.max_prompt_length)
+        self._rollout: Rollout | None = None
+        self._views: tuple[Tensor, Tensor] | None = None
+        self._loss_inputs: dict | None = None
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        if self._tokenizer.mask_token_id is None:
+            raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
+        self.sampler_config = args.sampler()
+        self.estimator = estimator or _estimator(args)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _generate_every(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def _round(self) -> int:
+        """How many rollouts came before this one: with the seed, the key of all of its random numbers."""
+        return self._step // self._generate_every if self._mode == "train" else self.state.global_step
+
+    @property
+    def logged_completions(self) -> list[tuple]:
+        """(prompt, completion, advantage) of the last rollouts of all processes."""
+        return list(zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True))
+
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        sampler = EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self._generate_every,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+        sampler.set_epoch(0)
+        return sampler
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is true on any process."""
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        device = self.accelerator.device
+        started = time.perf_counter()
+        prompts = [torch.tensor(ids) for ids in prompt_ids]
+        padded = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+        mask = pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left").to(device)
+        # Global row numbers: the noise of a row does not depend on how many processes share the batch.
+        rows = torch.arange(len(prompts), device=device) + self.accelerator.process_index * len(prompts)
+        # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
+        partitioned = self.is_fsdp_enabled or not self.args.ds3_gather_for_generation
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as unwrapped,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            self._rollout = generate(
+                unwrapped,
+                padded,
+                mask,
+                self.sampler_config,
+                row_keys=row_keys(rows, "rollout", self._mode, self.args.seed, self._round),
+                group=rows // num_generations,
+                batch_size=self.args.rollout_batch_size,
+                any_rank=self.any_process if partitioned else bool,
+            )
+        unit = self._rollout.group if self.args.whole_groups else rows
+        num_draws = self.num_iterations if self._mode == "train" else 1
+        key = ("views", self._mode, self.args.seed, self._round)
+        self._views = draw_views(self.estimator, self._rollout, unit, key, num_draws)
+        self._log_rollout(time.perf_counter() - started)
+        ids, ended = self._rollout.completion_ids.cpu(), self._rollout.completion_mask.cpu()
+        return [row[keep].tolist() for row, keep in zip(ids, ended, strict=True)], None
+
+    def _log_rollout(self, seconds: float) -> None:
+        rollout, metrics = self._rollout, self._metrics[self._mode]
+        num_tokens = rollout.completion_mask.sum()
+        distinct = torch.cat([rollout.group[:, None], rollout.completion_ids], 1).unique(dim=0)
+        totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float()])
+        num_tokens, num_distinct = self.accelerator.reduce(totals, "sum").tolist()
+        num_rows = len(rollout.completion_ids) * self.accelerator.num_processes
+        metrics["time/rollout"].append(seconds)
+        metrics["tokens_per_second"].append(num_tokens / seconds)
+        metrics["rollout/forwards"].append(float(rollout.num_forwards))
+        metrics["rollout/distinct_completions"].append(num_distinct / num_rows)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        started = time.perf_counter()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._metrics[self._mode]["time/rewards"].append(time.perf_counter() - started)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        rollout, (hidden, weights) = self._rollout, self._views
+        completion_mask = rollout.completion_mask
+        if self.mask_truncated_completions:
+            ended = torch.isin(rollout.completion_ids, torch.tensor(self.eos_token_ids, device=completion_mask.device))
+            completion_mask = completion_mask & ended.any(1, keepdim=True)
+        # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
+        # would tell the model how long the answer is.
+        batch |= {"completion_ids": rollout.completion_ids, "completion_mask": completion_mask.long()}
+        batch |= {"hidden": hidden.to(completion_mask.device), "weights": weights.to(completion_mask.device)}
+        batch |= {"group": rollout.group, "revealed_at": rollout.revealed_at}
+        self._rollout = self._views = None
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        if self._mode == "eval":
+            batch = self._generate_and_score_completions(generation_batch)
+            return self._slice(self._with_reference(batch), 0)
+        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+            batch = self._shuffled(self._generate_and_score_completions(generation_batch))
+            started = time.perf_counter()
+            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            self._buffered_inputs = [self._with_reference(self._with_old(part)) for part in parts]
+            self._metrics["train"]["time/scoring"].append(time.perf_counter() - started)
+        steps = self.args.steps_per_generation
+        # Passes over the generation batch, not micro-batches: each micro-batch meets every draw exactly once.
+        iteration = (self._step // steps) % self.num_iterations
+        return self._slice(self._buffered_inputs[self._step % steps], iteration)
+
+    def _shuffled(self, batch: dict) -> dict:
+        """The batch with its rows, or its groups, in random order."""
+        size = self.num_generations if self.args.whole_groups else 1
+        generator = stream("shuffle", self.args.seed, self._round, self.accelerator.process_index)
+        order = torch.randperm(len(batch["group"]) // size, generator=generator)
+        rows = (order[:, None] * size + torch.arange(size)).flatten().to(batch["group"].device)
+        return {key: value[rows] if value.dim() else value for key, value in batch.items()}
+
+    @property
+    def _draws_before_update(self) -> int:
+        """Inner iterations that are over before the first optimizer step: their old policy is the current one."""
+        accumulation, steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation
+        aligned = self._generate_every % accumulation == 0 or accumulation % self._generate_every == 0
+        return min(accumulation // steps, self.num_iterations) if aligned else 0
+
+    def _with_old(self, batch: dict) -> dict:
+        """`batch` with old_per_token_logps [B, mu, C] of this policy; skipped iterations are left at 0."""
+        first = self._draws_before_update
+        if first >= self.num_iterations:
+            return batch
+        return batch | {"old_per_token_logps": self._logps_of_draws(self.model, batch, first)}
+
+    def _with_reference(self, batch: dict) -> dict:
+        """`batch` with ref_per_token_logps [B, mu, C]: the reference model's, or this one's without its adapter."""
+        if self.beta == 0.0:
+            return batch
+        if self.ref_model is not None:
+            return batch | {"ref_per_token_logps": self._logps_of_draws(self.ref_model, batch)}
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return batch | {"ref_per_token_logps": self._logps_of_draws(self.model, batch)}
+
+    @torch.no_grad()
+    def _logps_of_draws(self, model, batch: dict, first: int = 0) -> Tensor:
+        """[B, mu, C]: each draw in a pass of its own, on the same rows as in the update, so that rounding agrees."""
+        num_draws = batch["hidden"].shape[1]
+        logps = batch["weights"].new_zeros(len(batch["weights"]), num_draws, batch["weights"].shape[-1])
+        for draw in range(first, num_draws):
+            logps[:, draw] = self._score(
+                model, batch, MaskedViews(batch["hidden"][:, draw], batch["weights"][:, draw])
+            )[0]
+        return logps
+
+    def _score(self, model, batch: dict, views: MaskedViews) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies of the completion tokens under `views`, both [B, C]."""
+        with self.accelerator.autocast():
+            logps, entropies = score_views(
+                model,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                batch["completion_ids"],
+                views,
+                mask_token_id=self._tokenizer.mask_token_id,
+                temperature=self.args.score_temperature,
+                views_per_pass=self.args.views_per_pass,
+                entropy_grad=self._entropy_bonus_enabled,
+            )
+        return (views.weights * logps).sum(1), mean_entropy(entropies, views)
+
+    def _slice(self, batch: dict, iteration: int) -> dict:
+        """What one inner iteration sees of the batch."""
+        inputs = dict(batch)
+        for key in ("hidden", "weights", "old_per_token_logps", "ref_per_token_logps"):
+            if key in inputs:
+                inputs[key] = inputs[key][:, iteration]
+        if self._mode == "train" and iteration < self._draws_before_update:
+            inputs.pop("old_per_token_logps", None)
+        if self._mode == "train" and self._skips_idle_rows:
+            inputs["weights"] = inputs["weights"] * (inputs["advantages"] != 0)[:, None, None]
+            if "old_per_token_logps" in inputs:
+                inputs["old_per_token_logps"] = inputs["old_per_token_logps"] * (inputs["advantages"] != 0)[:, None]
+        return inputs
+
+    @property
+    def _skips_idle_rows(self) -> bool:
+        """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
+        return self.beta == 0.0 and not self._entropy_bonus_enabled and self.top_entropy_quantile == 1.0
+
+    def _compute_loss(self, model, inputs):
+        self._loss_inputs = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        # While rollouts are being scored TRL asks for log-probabilities of its own, cut canvas; `_prepare_inputs`
+        # computes them on the full one afterwards.
+        if self._loss_inputs is None:
+            return None, None, None
+        inputs = self._loss_inputs
+        logps, entropies = self._score(model, inputs, MaskedViews(inputs["hidden"], inputs["weights"]))
+        scored = (inputs["weights"] != 0).any(1)
+        if self._skips_idle_rows and scored.any():
+            # The entropy metric is an average over all rows: rows that were skipped take the average of the others.
+            rows = inputs["advantages"] == 0
+            entropies = torch.where(rows[:, None], entropies[scored].mean(), entropies)
+        return logps, entropies, None
+
+
+def _estimator(args: DiffuGRPOConfig) -> Callable[..., MaskedViews]:
+    settings = dict(args.estimator_kwargs or {})
+    if args.estimator == "one_step":
+        settings = {"p_mask_prompt": args.p_mask_prompt, "prompt_mask_scope": args.prompt_mask_scope} | settings
+    return partial(resolve_estimator(args.estimator), **settings)
+
+
+def without_long_prompts(dataset, tokenizer, max_prompt_length: int):
+    """The dataset without prompts of more than `max_prompt_length` tokens; says how many were left out."""
+
+    def fits(row: dict) -> bool:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            return len(tokenizer(prompt)["input_ids"]) <= max_prompt_length
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= max_prompt_length
+
+    kept = dataset.filter(fits)
+    if len(kept) == 0:
+        raise ValueError(f"max_prompt_length={max_prompt_length}: no prompt of the dataset is that short; raise it.")
+    if left_out := len(dataset) - len(kept):
+        logger.warning(f"max_prompt_length={max_prompt_length}: {left_out} of {len(dataset)} prompts are left out.")
+    return kept

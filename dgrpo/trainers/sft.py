@@ -1,0 +1,130 @@
+"""Masked supervised fine-tuning: LLaDA's objective on completions (arXiv:2502.09992, equation 5)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from dgrpo.logprobs import scoring_pass
+from dgrpo.views import stream
+
+logger = logging.get_logger(__name__)
+
+# t is drawn from (MIN_RATIO, 1]: the weight 1/t stays finite, as in LLaDA's code.
+MIN_RATIO = 1e-3
+
+
+@dataclass
+class MaskedSFTConfig(TrainingArguments):
+    """transformers' TrainingArguments and what masked fine-tuning adds."""
+
+    learning_rate: float = field(default=1e-5)
+    remove_unused_columns: bool | None = field(default=False)
+    max_length: int = field(
+        default=4096,
+        metadata={"help": "Longest prompt + completion in tokens; longer rows are left out, with a count."},
+    )
+    completion_canvas: int = field(
+        default=0,
+        metadata={
+            "help": "Fill completions with EOS up to this many tokens and train on them, so that a canvas of this "
+            "length learns where to stop. 0: train up to the first EOS only. Padding is never trained on."
+        },
+    )
+
+
+def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int = 0) -> dict[str, list[int]]:
+    """Token ids of one row's `prompt` and `completion` (strings, or lists of messages), the completion with its EOS.
+
+    The prompt ends where the model starts to write: behind the header of the assistant's turn.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    else:
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+        if whole[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                "chat_template: a conversation does not start with its prompt (add_generation_prompt=True), so the "
+                "prompt's length is not defined. Use a template that only appends."
+            )
+        completion_ids = whole[len(prompt_ids) :]
+    if not completion_ids or completion_ids[-1] != tokenizer.eos_token_id:
+        completion_ids = [*completion_ids, tokenizer.eos_token_id]
+    fill = [tokenizer.eos_token_id] * (completion_canvas - len(completion_ids))
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids + fill}
+
+
+class MaskedSFTTrainer(Trainer):
+    """Trainer whose loss is -(1/t) sum over hidden completion tokens of log p / number of completion tokens.
+
+    Each row draws t ~ U(0, 1] and hides each completion token with probability t. The masks are a function of (seed,
+    step, micro-batch, process): evaluation and resuming do not disturb them. Padding is neither attended nor trained.
+    """
+
+    def __init__(self, model, args: MaskedSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
+        self._micro_steps = {"train": (0, 0), "eval": (0, 0)}
+        datasets = [
+            None if dataset is None else self._encode(dataset, processing_class, args)
+            for dataset in (train_dataset, eval_dataset)
+        ]
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            processing_class=processing_class,
+            data_collator=self._collate,
+            **kwargs,
+        )
+
+    @staticmethod
+    def _encode(dataset, tokenizer, args: MaskedSFTConfig):
+        settings = {"tokenizer": tokenizer, "completion_canvas": args.completion_canvas}
+        encoded = dataset.map(encode, fn_kwargs=settings, remove_columns=dataset.column_names)
+        fitting = encoded.filter(lambda row: len(row["prompt_ids"]) + len(row["completion_ids"]) <= args.max_length)
+        if left_out := len(encoded) - len(fitting):
+            logger.warning(f"max_length={args.max_length}: {left_out} of {len(encoded)} rows are longer and left out.")
+        return fitting
+
+    def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        """Right-padded batch: input_ids, attention_mask (True on tokens), is_completion, all [B, L]."""
+        sequences = [torch.tensor(row["prompt_ids"] + row["completion_ids"]) for row in rows]
+        completions = [
+            torch.arange(len(sequence)) >= len(row["prompt_ids"])
+            for sequence, row in zip(sequences, rows, strict=True)
+        ]
+        return {
+            "input_ids": pad_sequence(sequences, batch_first=True, padding_value=self.processing_class.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(s).bool() for s in sequences], batch_first=True),
+            "is_completion": pad_sequence(completions, batch_first=True),
+        }
+
+    def _generator(self) -> torch.Generator:
+        mode = "train" if self.model.training else "eval"
+        step, micro = self._micro_steps[mode]
+        self._micro_steps[mode] = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
+        return stream("sft", mode, self.args.seed, *self._micro_steps[mode], self.args.process_index)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        input_ids, is_completion = inputs["input_ids"], inputs["is_completion"]
+        generator = self._generator()
+        ratio = 1 - torch.rand(len(input_ids), 1, generator=generator) * (1 - MIN_RATIO)
+        hidden = torch.rand(input_ids.shape, generator=generator) < ratio
+        hidden = hidden.to(input_ids.device) & is_completion
+        attention_mask = None if inputs["attention_mask"].all() else inputs["attention_mask"]
+        canvases = input_ids.masked_fill(hidden, self.processing_class.mask_token_id)
+        asked, answer = scoring_pass(canvases, attention_mask, input_ids, hidden)
+        ((logps, _),) = model(passes=[asked])
+        weights = 1 / (ratio.to(input_ids.device) * is_completion.sum(1, keepdim=True))
+        loss = -(logps * weights.expand_as(hidden).flatten()[answer]).sum() / len(input_ids)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None

@@ -1,0 +1,82 @@
+"""A process that compares answers with math-verify, one JSON line in, one out; `rewards.math500` starts and asks it.
+
+math-verify guards itself with signal.alarm, which works in a main thread only and cannot interrupt one long operation
+on integers. Here the kernel does it: a child that has used up its CPU seconds dies of SIGPROF, wherever it is, and the
+parent says "wrong" in its place and forks the next one, with everything imported.
+"""
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+
+CPU_SECONDS = 0.5
+MEMORY_BYTES = 2**31
+
+# Each form costs a tenth of a second when its grammar is first used; paid here, before a clock runs.
+WARM_UP = (
+    "\\frac{1}{2}",
+    "x^2 + 3\\sqrt{5}",
+    "(1, 2) \\cup [3, \\infty)",
+    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+    "y = 2x",
+    "1,000",
+    "90^\\circ",
+    "\\text{east}",
+    "\\{1 \\pm \\sqrt{5}, -2\\}",
+    "6 - 5i",
+    "50\\%",
+    "x < 3",
+)
+
+
+def is_equal(gold: str, answer: str) -> bool:
+    """Whether math-verify finds the answer equal to the reference; both are LaTeX without a box."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    wanted, found = (
+        parse(f"\\boxed{{{text}}}", extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+        for text in (gold, answer)
+    )
+    return bool(wanted) and bool(found) and bool(verify(wanted, found, timeout_seconds=None))
+
+
+def answer_requests() -> None:
+    """Answer requests until the input ends; the clock runs only while one is being worked on."""
+    while line := sys.stdin.buffer.raw.readline():  # type: ignore[attr-defined]
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        try:
+            equal = is_equal(request["gold"], request["answer"])
+        except Exception:  # noqa: BLE001 - sympy fails on hostile text in more ways than it documents
+            equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        reply(equal)
+
+
+def reply(equal: bool) -> None:
+    os.write(1, b"1\n" if equal else b"0\n")
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for text in WARM_UP:
+        is_equal(text, text)
+    os.write(1, b"ready\n")
+    while True:
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+            answer_requests()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            break
+        reply(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,653 @@
+"""Estimators against brute force: on six words and a few positions every mask can be enumerated."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dgrpo import estimators
+from dgrpo.estimators import ESTIMATORS
+from dgrpo.logprobs import per_token_logps
+from dgrpo.sampling import Rollout, SamplerConfig, generate
+from dgrpo.views import MaskedViews, draw_views
+
+WORDS, MASK, EOS = 6, 5, 4
+
+# Every estimator under several settings; block lengths divide the canvases below.
+EVERY = pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("one_step", {}),
+        ("one_step", {"prompt_mask_scope": "row", "p_mask_prompt": 0.5}),
+        ("coupled", {}),
+        ("elbo", {"num_samples": 3}),
+        ("elbo", {"num_samples": 2, "complementary": True}),
+        ("elbo", {"num_samples": 2, "min_ratio": 0.3, "max_ratio": 0.9}),
+        ("quadrature", {"num_nodes": 3}),
+        ("trace", {}),
+        ("trace", {"shrink": 2}),
+        ("trace", {"num_segments": 3}),
+        ("trace", {"top_k": 3}),
+        ("left_to_right", {}),
+        ("block_random", {"block_length": 1}),
+        ("block_random", {"block_length": 5, "p_mask_prompt": 0.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def rows_of(
+    num_rows: int, num_completion: int, length: int | None = None, num_prompt: int = 2, seed: int = 0
+) -> Rollout:
+    """Equal rollouts, each a group of its own; tokens from `length` on lie behind the end of text."""
+    tokens = torch.randint(0, EOS, (num_prompt + num_completion,), generator=seeded(seed)).expand(num_rows, -1)
+    shape = (num_rows, num_completion)
+    return Rollout(
+        prompt_ids=tokens[:, :num_prompt],
+        prompt_mask=torch.ones(num_rows, num_prompt, dtype=torch.bool),
+        completion_ids=tokens[:, num_prompt:].clone(),
+        completion_mask=(torch.arange(num_completion) < (length or num_completion)).expand(shape),
+        revealed_at=torch.arange(num_completion).expand(shape),
+        confidence=torch.ones(shape),
+        entropy=torch.ones(shape),
+        group=torch.arange(num_rows),
+        num_forwards=num_completion,
+        num_steps=num_completion,
+    )
+
+
+def subsets(positions) -> list[tuple[int, ...]]:
+    positions = list(positions)
+    return [s for size in range(len(positions) + 1) for s in itertools.combinations(positions, size)]
+
+
+# --- The exact law of each estimator's draws, written from the papers' definitions: (probability, views), a view being
+# --- (hidden positions, weight of a hidden token). Prompt positions are negative.
+
+
+def uniform_counts(num_completion, counts_of_start, weight):
+    """A uniform start fixes the counts; every subset of a count is equally likely; `weight(count)` in each view."""
+    starts = range(len(counts_of_start))
+    for start in starts:
+        choices = [list(itertools.combinations(range(num_completion), count)) for count in counts_of_start[start]]
+        for picked in itertools.product(*choices):
+            yield (
+                1 / len(starts) / math.prod(map(len, choices)),
+                [(hidden, weight(len(hidden)) if hidden else 0.0) for hidden in picked],
+            )
+
+
+def elbo_law(num_completion, num_samples, lowest=1, highest=None):
+    highest = highest or num_completion
+    values = range(lowest, highest + 1)
+    # n counts, evenly spread over the values: a start and whole steps from it.
+    counts = [
+        [values[(start + i * len(values) // num_samples) % len(values)] for i in range(num_samples)]
+        for start in range(len(values))
+    ]
+    yield from uniform_counts(num_completion, counts, lambda count: num_completion / (num_samples * count))
+
+
+def complementary_law(num_completion):
+    size = num_completion + 1
+    for probability, [(hidden, _)] in uniform_counts(num_completion, [[count] for count in range(size)], lambda _: 0):
+        rest = tuple(k for k in range(num_completion) if k not in hidden)
+        yield probability, [(part, size / (2 * len(part)) if part else 0.0) for part in (hidden, rest)]
+
+
+GAUSS = {
+    2: [((1 - 3**-0.5) / 2, 1 / 2), ((1 + 3**-0.5) / 2, 1 / 2)],
+    3: [((1 - 0.6**0.5) / 2, 5 / 18), (1 / 2, 8 / 18), ((1 + 0.6**0.5) / 2, 5 / 18)],
+}
+
+
+def quadrature_law(num_completion, num_nodes):
+    for picked in itertools.product(subsets(range(num_completion)), repeat=num_nodes):
+        chances = [
+            t ** len(s) * (1 - t) ** (num_completion - len(s))
+            for s, (t, _) in zip(picked, GAUSS[num_nodes], strict=True)
+        ]
+        yield math.prod(chances), [(s, w / t) for s, (t, w) in zip(picked, GAUSS[num_nodes], strict=True)]
+
+
+def one_step_law(num_completion, chance):
+    for noise in subsets((-2, -1)):
+        probability = chance ** len(noise) * (1 - chance) ** (2 - len(noise))
+        yield probability, [(noise + tuple(range(num_completion)), 1.0)]
+
+
+def block_random_law(num_completion, length, block_length, chance):
+    """One view; blocks up to the end of text, the count over the whole block, what is earlier perturbed."""
+    open_blocks = range(-(-length // block_length))
+    for block, count in itertools.product(open_blocks, range(1, block_length + 1)):
+        start = block * block_length
+        later = tuple(range(start + block_length, num_completion))
+        for part in itertools.combinations(range(start, start + block_length), count):
+            for noise in subsets(range(-2, start)):
+                probability = chance ** len(noise) * (1 - chance) ** (start + 2 - len(noise))
+                probability /= len(open_blocks) * block_length * math.comb(block_length, count)
+                hidden = noise + part + later
+                num_hidden = sum(0 <= k < length for k in hidden)
+                yield probability, [(hidden, length / num_hidden if num_hidden else 0.0)]
+
+
+def coupled_law(num_completion):
+    """The ratio integrated out (exactly: the integrand is a polynomial of it)."""
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    whole = tuple(range(num_completion))
+    for x, w in zip(nodes, weights, strict=True):
+        t = 0.5 + 0.3 * x
+        for part in subsets(whole):
+            rest = tuple(k for k in whole if k not in part)
+            probability = w / 2 * t ** len(part) * (1 - t) ** len(rest)
+            yield probability, [(whole, 1 / 2), (part, 1 / (2 * t)), (rest, 1 / (2 * (1 - t)))]
+
+
+# Canvas, its tokens up to the end of text, settings, law.
+LAWS = {
+    "one_step": (5, 5, {"p_mask_prompt": 0.3}, one_step_law(5, 0.3)),
+    "elbo, 1 view": (4, 4, {"num_samples": 1}, elbo_law(4, 1)),
+    "elbo, 2 views of 3 positions": (3, 3, {"num_samples": 2}, elbo_law(3, 2)),
+    "elbo, 3 views of 4 positions, ended": (4, 2, {"num_samples": 3}, elbo_law(4, 3)),
+    "elbo, 1 to 3 of 5 positions": (
+        5,
+        5,
+        {"num_samples": 1, "min_ratio": 0.2, "max_ratio": 0.6},
+        elbo_law(5, 1, 1, 3),
+    ),
+    "elbo, complementary": (4, 4, {"num_samples": 1, "complementary": True}, complementary_law(4)),
+    "elbo, complementary, ended": (4, 3, {"num_samples": 1, "complementary": True}, complementary_law(4)),
+    "quadrature, 2 nodes": (3, 3, {"num_nodes": 2}, quadrature_law(3, 2)),
+    "quadrature, 3 nodes": (2, 2, {"num_nodes": 3}, quadrature_law(2, 3)),
+    "block_random": (
+        4,
+        4,
+        {"block_length": 2, "num_samples": 1, "p_mask_prompt": 0.3},
+        block_random_law(4, 4, 2, 0.3),
+    ),
+    "block_random, ended": (
+        6,
+        3,
+        {"block_length": 2, "num_samples": 1, "p_mask_prompt": 0.3},
+        block_random_law(6, 3, 2, 0.3),
+    ),
+}
+LAWS = {case: (*rest, list(law)) for case, (*rest, law) in LAWS.items()}
+
+
+def code(hidden: torch.Tensor) -> torch.Tensor:
+    """A number for each row's views [B, N, L]."""
+    bits = hidden.flatten(1).long()
+    return (bits << torch.arange(bits.shape[1])).sum(1)
+
+
+def expected_views(views, num_completion: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.zeros(len(views), 2 + num_completion, dtype=torch.bool)
+    weights = torch.zeros(len(views), num_completion)
+    for index, (positions, weight) in enumerate(views):
+        hidden[index, [2 + k for k in positions]] = True
+        weights[index, [k for k in positions if 0 <= k < length]] = weight
+    return hidden, weights
+
+
+def assert_frequencies(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Pearson's chi-square within four deviations (Wilson-Hilferty) of what `probabilities` predict."""
+    total = counts.sum()
+    assert probabilities.sum().item() == pytest.approx(1)
+    assert (total * probabilities).min() > 5, "draw more rows"
+    statistic = ((counts - total * probabilities) ** 2 / (total * probabilities)).sum().item()
+    freedom = len(counts) - 1
+    deviations = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
+    assert deviations < 4, f"chi-square {statistic:.1f} on {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize("case", LAWS)
+def test_draws_have_the_exact_masks_weights_and_probabilities(case):
+    num_completion, length, settings, law = LAWS[case]
+    rollout = rows_of(150_000, num_completion, length)
+    views = ESTIMATORS[case.split(",")[0]](rollout, generator=seeded(1), **settings).check()
+    merged: dict[int, tuple[float, torch.Tensor]] = {}
+    for probability, drawn in law:
+        hidden, weights = expected_views(drawn, num_completion, length)
+        key = code(hidden[None]).item()
+        merged[key] = (merged.get(key, (0.0,))[0] + probability, weights)
+    keys, index = code(views.hidden).unique(return_inverse=True)
+    assert set(keys.tolist()) <= set(merged)
+    probabilities, weights = zip(*(merged[key] for key in keys.tolist()), strict=True)
+    torch.testing.assert_close(views.weights, torch.stack(weights)[index])
+    assert_frequencies(index.bincount(), torch.tensor(probabilities))
+
+
+# --- Closed forms, from raw logits and the definition of each score.
+
+
+@pytest.fixture
+def six_words(tiny_llada):
+    return tiny_llada(vocab_size=WORDS, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS, std=0.5)
+
+
+def raw_logps(model, rollout, hidden) -> torch.Tensor:
+    """log p of every completion token [C] in the picture of row 0 that hides `hidden` (negative: in the prompt)."""
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)[:1].clone()
+    ids[0, [rollout.prompt_ids.shape[1] + k for k in hidden]] = MASK
+    log_probs = model(ids).logits[0, rollout.prompt_ids.shape[1] :].log_softmax(-1)
+    return log_probs.gather(1, rollout.completion_ids[0, :, None])[:, 0]
+
+
+def order_scores(model, rollout) -> list[torch.Tensor]:
+    """Entry l: the mean over all orders of C * log p(the token revealed while l are hidden), tokens past the end 0."""
+    num_completion, length = rollout.completion_ids.shape[1], int(rollout.completion_mask[0].sum())
+    pictures = {hidden: raw_logps(model, rollout, hidden) for hidden in subsets(range(num_completion)) if hidden}
+    totals = [torch.zeros(()) for _ in range(num_completion + 1)]
+    orders = list(itertools.permutations(range(num_completion)))
+    for order in orders:
+        for step, token in enumerate(order):
+            if token < length:
+                left = num_completion - step
+                totals[left] = totals[left] + pictures[tuple(sorted(order[step:]))][token]
+    return [num_completion * total / len(orders) for total in totals]
+
+
+def at_ratio(scores: list[torch.Tensor], t: float) -> torch.Tensor:
+    """(1/t) E sum over hidden k of log p_k when each of the C positions is hidden with probability t."""
+    num_completion = len(scores) - 1
+    return sum(
+        math.comb(num_completion, left)
+        * t ** (left - 1)
+        * (1 - t) ** (num_completion - left)
+        * (left / num_completion)
+        * scores[left]
+        for left in range(1, num_completion + 1)
+    )
+
+
+def mean_over_ratios(scores: list[torch.Tensor], low: float, high: float) -> torch.Tensor:
+    """`at_ratio` averaged over t ~ U(low, high)."""
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    return sum(w / 2 * at_ratio(scores, low + (high - low) * (x + 1) / 2) for x, w in zip(nodes, weights, strict=True))
+
+
+def law_score(model, rollout, law) -> torch.Tensor:
+    """Expected score of row 0, sum over tokens, through the scoring path: one view per distinct picture."""
+    num_completion, length = rollout.completion_ids.shape[1], int(rollout.completion_mask[0].sum())
+    merged: dict[tuple[int, ...], torch.Tensor] = {}
+    for probability, drawn in law:
+        hidden, weights = expected_views(drawn, num_completion, length)
+        for picture, weight in zip(hidden, weights, strict=True):
+            key = tuple(picture.tolist())
+            merged[key] = merged.get(key, 0) + probability * weight
+    views = MaskedViews(torch.tensor(list(merged))[None], torch.stack(list(merged.values()))[None])
+    row = rollout.rows([0])
+    return per_token_logps(model, row.prompt_ids, row.prompt_mask, row.completion_ids, views).sum()
+
+
+def assert_same_score_and_gradient(model, score: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(score, expected.float(), rtol=1e-5, atol=1e-5)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(score, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
+
+
+def one_step_form(model, rollout):
+    whole = tuple(range(5))
+    return sum(
+        0.3 ** len(noise) * 0.7 ** (2 - len(noise)) * raw_logps(model, rollout, noise + whole).sum()
+        for noise in subsets((-2, -1))
+    )
+
+
+def mean_of_counts(*counts: int):
+    """Every count equally likely. With all counts it is the mean over all orders of the chain rule's sum: the ELBO."""
+    return lambda model, rollout: sum(order_scores(model, rollout)[count] for count in counts) / len(counts)
+
+
+def quadrature_form(num_nodes: int):
+    return lambda model, rollout: sum(w * at_ratio(order_scores(model, rollout), t) for t, w in GAUSS[num_nodes])
+
+
+def block_random_form(model, rollout):
+    """The completion's length times the mean of log p over the hidden tokens."""
+    num_completion, length = rollout.completion_ids.shape[1], int(rollout.completion_mask[0].sum())
+    total = torch.zeros(())
+    for probability, [(hidden, _)] in block_random_law(num_completion, length, 2, 0.3):
+        tokens = [k for k in hidden if 0 <= k < length]
+        if tokens:
+            total = total + probability * length * raw_logps(model, rollout, hidden)[tokens].mean()
+    return total
+
+
+CLOSED_FORMS = {
+    "one_step": one_step_form,
+    "elbo, 1 view": mean_of_counts(1, 2, 3, 4),
+    "elbo, 2 views of 3 positions": mean_of_counts(1, 2, 3),
+    "elbo, 3 views of 4 positions, ended": mean_of_counts(1, 2, 3, 4),
+    "elbo, 1 to 3 of 5 positions": mean_of_counts(1, 2, 3),
+    "elbo, complementary": mean_of_counts(1, 2, 3, 4),
+    "elbo, complementary, ended": mean_of_counts(1, 2, 3, 4),
+    "quadrature, 2 nodes": quadrature_form(2),
+    "quadrature, 3 nodes": quadrature_form(3),
+    "block_random": block_random_form,
+    "block_random, ended": block_random_form,
+}
+
+
+@pytest.mark.parametrize("case", LAWS)
+def test_mean_score_and_its_gradient_equal_the_closed_form(six_words, case):
+    num_completion, length, _, law = LAWS[case]
+    rollout = rows_of(1, num_completion, length)
+    assert_same_score_and_gradient(
+        six_words, law_score(six_words, rollout, law), CLOSED_FORMS[case](six_words, rollout)
+    )
+
+
+def test_every_count_comes_once_when_there_are_as_many_views_as_positions():
+    counts = estimators.elbo(rows_of(50, 6), generator=seeded(), num_samples=6).hidden.sum(2).sort(1).values
+    assert (counts == torch.arange(1, 7)).all()
+
+
+def test_quadrature_is_the_elbo_of_four_positions_but_not_of_six(six_words):
+    for num_completion, num_nodes, exact in ((4, 2, True), (6, 2, False), (6, 3, True)):
+        rollout = rows_of(1, num_completion)
+        with torch.no_grad():
+            scores = order_scores(six_words, rollout)
+            rule = sum(w * at_ratio(scores, t) for t, w in GAUSS[num_nodes])
+            gap = abs(rule - sum(scores) / num_completion).item()
+        assert (gap < 1e-5) if exact else (gap > 1e-3)
+
+
+def test_quadrature_at_six_positions_is_the_quadrature_sum(six_words):
+    rollout = rows_of(1, 6)
+    score = law_score(six_words, rollout, quadrature_law(6, 2))
+    assert_same_score_and_gradient(six_words, score, quadrature_form(2)(six_words, rollout))
+
+
+# --- coupled
+
+
+def test_coupled_scores_each_token_once_in_its_pair_and_once_fully_masked():
+    views = estimators.coupled(rows_of(500, 6, length=4), generator=seeded()).check()
+    whole, part, rest = views.hidden[..., 2:].unbind(1)
+    assert whole.all()
+    assert (part ^ rest).all()
+    assert not views.hidden[..., :2].any()
+    scored = views.weights[..., :4] != 0
+    assert (scored[:, 0] & (scored[:, 1] ^ scored[:, 2])).all()
+    assert (views.weights[..., 4:] == 0).all()
+
+
+def test_coupled_draws_ratio_and_masks_from_their_joint_law():
+    num_completion, num_bins = 3, 5
+    views = estimators.coupled(rows_of(100_000, num_completion), generator=seeded(3))
+    part, rest = (2 * views.weights[:, index].double().amax(1) for index in (1, 2))
+    ratio = torch.where(part > 0, 1 / part, 1 - 1 / rest)
+    both = (part > 0) & (rest > 0)
+    torch.testing.assert_close((1 / part + 1 / rest)[both], torch.ones(int(both.sum())).double(), atol=1e-6, rtol=0)
+    assert ratio.min() > 0.2
+    assert ratio.max() < 0.8
+    bins = ((ratio - 0.2) / 0.6 * num_bins).long().clamp(0, num_bins - 1)
+    index = bins * 2**num_completion + code(views.hidden[:, 1:2, 2:])
+    nodes, weights = np.polynomial.legendre.leggauss(6)
+    probabilities = []
+    for number, pattern in itertools.product(range(num_bins), range(2**num_completion)):
+        ratios = 0.2 + 0.6 / num_bins * (number + (nodes + 1) / 2)
+        size = pattern.bit_count()
+        probabilities.append((weights / 2 * ratios**size * (1 - ratios) ** (num_completion - size)).sum() / num_bins)
+    assert_frequencies(index.bincount(minlength=len(probabilities)), torch.tensor(probabilities))
+
+
+def test_coupled_has_the_published_score_of_expected_weight_three_halves(six_words):
+    rollout = rows_of(1, 4)
+    law = list(coupled_law(4))
+    weight = sum(p * sum(w for hidden, w in views if 0 in hidden) for p, views in law)
+    assert weight == pytest.approx(3 / 2)
+    # One half of the fully masked score and, a part and its complement being alike, the mean over ratios.
+    scores = order_scores(six_words, rollout)
+    expected = scores[4] / 2 + mean_over_ratios(scores, 0.2, 0.8)
+    assert_same_score_and_gradient(six_words, law_score(six_words, rollout, law), expected)
+
+
+def test_complementary_pairs_partition_the_canvas():
+    views = estimators.elbo(rows_of(300, 5, length=3), generator=seeded(), num_samples=4, complementary=True).check()
+    pictures, complements = views.hidden[..., 2:].split(4, 1)
+    assert (pictures ^ complements).all()
+    assert {0, 5} <= set(pictures.sum(2).unique().tolist())
+    scored = views.weights != 0
+    assert ((scored[:, :4] ^ scored[:, 4:])[..., :3]).all()
+    assert not scored[..., 3:].any()
+
+
+# --- trace and left_to_right
+
+
+def traced(revealed_at, num_steps, length=None, entropy=None, **settings):
+    rollout = rows_of(1, len(revealed_at), length)
+    rollout = replace(rollout, revealed_at=torch.tensor([revealed_at]), num_steps=num_steps)
+    if entropy is not None:
+        rollout = replace(rollout, entropy=torch.tensor([entropy]))
+    views = estimators.trace(rollout, generator=seeded(), **settings).check()
+    assert not views.hidden[..., :2].any()
+    assert ((views.weights == 0) | (views.weights == 1)).all()
+    return [
+        ("".join("M" if h else "." for h in hidden), "".join("x" if w else "." for w in weights))
+        for hidden, weights in zip(views.hidden[0, :, 2:].tolist(), views.weights[0].tolist(), strict=True)
+    ]
+
+
+def test_trace_shows_each_step_what_the_sampler_saw():
+    assert traced([2, 0, 1, 1], num_steps=3) == [
+        ("MMMM", ".x.."),
+        ("M.MM", "..xx"),
+        ("M...", "x..."),
+    ]
+
+
+def test_trace_leaves_out_given_and_never_revealed_tokens_and_steps_behind_the_end():
+    # Token 0 was given, 4 was revealed at a step of its own behind the end, 5 never.
+    assert traced([-1, 3, 0, 4, 1, 6], num_steps=6, length=4) == [
+        (".MMMMM", "..x..."),
+        (".M.M.M", ".x...."),
+        ("...M.M", "...x.."),
+        ("......", "......"),
+        ("......", "......"),
+        ("......", "......"),
+    ]
+
+
+def test_trace_merges_shrink_steps_and_cuts_segments():
+    order = [4, 0, 3, 1, 2]
+    assert traced(order, 5, shrink=2) == [("MMMMM", ".x.x."), ("M.M.M", "..x.x"), ("M....", "x....")]
+    assert traced(order, 5, num_segments=2) == [("MMMMM", ".x.xx"), ("M.M..", "x.x..")]
+    # Ended after token 2: three steps count, the fewer are cut just as finely.
+    assert traced(order, 5, length=3, num_segments=3) == [("MMMMM", ".x..."), ("M.M..", "..x.."), ("M....", "x....")]
+    assert traced([0, 0, 0], 3, num_segments=2) == [("MMM", "xxx"), ("...", "...")]
+
+
+def test_trace_keeps_the_steps_of_highest_mean_entropy():
+    order, entropy = [0, 1, 1, 2, 3], [1.0, 1.5, 1.5, 2.0, 0.5]
+    assert traced(order, 4, entropy=entropy, top_k=2) == [(".MMMM", ".xx.."), ("...MM", "...x.")]
+    assert traced(order, 4, entropy=entropy, top_k=6)[3:] == [
+        ("....M", "....x"),
+        (".....", "....."),
+        (".....", "....."),
+    ]
+    assert traced(order, 4, entropy=entropy, length=1, top_k=2) == [("MMMMM", "x...."), (".....", ".....")]
+
+
+def test_trace_of_a_left_to_right_rollout_is_left_to_right():
+    for length in (5, 3):
+        rollout = rows_of(2, 5, length)
+        from_trace, from_order = (
+            estimator(rollout, generator=seeded()) for estimator in (estimators.trace, estimators.left_to_right)
+        )
+        assert (from_trace.weights == from_order.weights).all()
+        assert (from_trace.hidden == from_order.hidden).all()
+
+
+def test_left_to_right_is_the_chain_rule(six_words):
+    rollout = rows_of(1, 4)
+    views = estimators.left_to_right(rollout, generator=seeded()).check()
+    score = per_token_logps(six_words, rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, views)
+    expected = torch.stack([raw_logps(six_words, rollout, range(k, 4))[k] for k in range(4)])
+    torch.testing.assert_close(score[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_length", [2, 6])
+@pytest.mark.parametrize("steps", [3, 6])
+def test_trace_scores_are_the_samplers_own_probabilities(six_words, prompts, block_length, steps):
+    ids, mask = prompts[0].clamp(max=3), prompts[1]
+    config = SamplerConfig(6, block_length, steps, temperature=1.0, logits_eos_inf=True)
+    rollout = generate(six_words, ids, mask, config, generator=seeded(5))
+    for settings in ({}, {"top_k": steps}, {"num_segments": steps}):
+        views = estimators.trace(rollout, generator=seeded(), **settings)
+        logps = per_token_logps(six_words, ids, mask, rollout.completion_ids, views)
+        torch.testing.assert_close(logps.exp(), rollout.confidence, rtol=1e-4, atol=1e-6)
+
+
+# --- What holds for every estimator.
+
+
+@EVERY
+def test_padding_on_the_left_changes_nothing(rollout, name, settings):
+    wider = replace(
+        rollout,
+        prompt_ids=torch.nn.functional.pad(rollout.prompt_ids, (3, 0)),
+        prompt_mask=torch.nn.functional.pad(rollout.prompt_mask, (3, 0)),
+    )
+    narrow, wide = (ESTIMATORS[name](part, generator=seeded(7), **settings).check() for part in (rollout, wider))
+    assert not wide.hidden[..., :3].any()
+    assert (wide.hidden[..., 3:] == narrow.hidden).all()
+    assert (wide.weights == narrow.weights).all()
+    assert not (narrow.hidden[..., :6] & ~rollout.prompt_mask[:, None]).any()
+
+
+@EVERY
+def test_only_the_generator_decides_and_no_global_state_is_touched(rollout, name, settings):
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first, again, other = (ESTIMATORS[name](rollout, generator=seeded(s), **settings) for s in (1, 1, 2))
+    assert (torch.get_rng_state() == states[0]).all()
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+    assert (first.hidden == again.hidden).all()
+    assert (first.weights == again.weights).all()
+    assert (first.hidden != other.hidden).any() == (name not in ("trace", "left_to_right"))
+
+
+@EVERY
+def test_the_number_of_views_does_not_depend_on_the_text(rollout, name, settings):
+    ended_at_once = replace(
+        rollout,
+        completion_mask=torch.arange(5).expand(6, -1) < 1,
+        revealed_at=torch.zeros_like(rollout.revealed_at),
+        entropy=torch.zeros_like(rollout.entropy),
+    )
+    shapes = {
+        ESTIMATORS[name](part, generator=seeded(), **settings).check().weights.shape
+        for part in (rollout, ended_at_once)
+    }
+    assert len(shapes) == 1
+
+
+@EVERY
+def test_tokens_behind_the_end_count_nothing(rollout, name, settings):
+    weights = ESTIMATORS[name](rollout, generator=seeded(), **settings).weights
+    assert not (weights * ~rollout.completion_mask[:, None]).any()
+    assert weights.any()
+    assert weights.dtype == torch.float32
+
+
+@EVERY
+def test_views_of_a_row_follow_from_its_key_alone(rollout, name, settings):
+    def draw(part, **inputs):
+        return ESTIMATORS[name](part, **inputs, **settings)
+
+    key = ("views", 3, 14)
+    hidden, weights = draw_views(draw, rollout, torch.arange(6), key, num_draws=2)
+    order = [4, 1, 0]
+    some_hidden, some_weights = draw_views(draw, rollout.rows(order), torch.tensor(order), key, num_draws=2)
+    width = rollout.prompt_mask.shape[1]
+    assert (some_hidden == hidden[order][..., -some_hidden.shape[-1] :]).all()
+    assert (some_weights == weights[order]).all()
+    if name not in ("trace", "left_to_right"):
+        assert (hidden[:, 0] != hidden[:, 1]).any()
+        assert not hidden[0, :, :, : width - 4].any()
+
+
+def test_prompt_mask_scope(rollout):
+    whole = [estimators.one_step(rollout, generator=seeded(), p_mask_prompt=0.5).hidden[:, 0, :6]]
+    whole.append(
+        estimators.one_step(rollout, generator=seeded(), p_mask_prompt=0.5, prompt_mask_scope="row").hidden[:, 0, :6]
+    )
+    by_group, by_row = ([len(part.unique(dim=0)) for part in hidden.split(3)] for hidden in whole)
+    assert by_group == [1, 1]
+    assert by_row[1] > 1
+
+
+def test_views_that_score_nothing_pass_through_the_network_unharmed(six_words):
+    rollout = rows_of(2, 4, length=1)
+    views = estimators.left_to_right(rollout, generator=seeded())
+    logps = per_token_logps(
+        six_words, rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, views, views_per_pass=1
+    )
+    assert (logps[:, 1:] == 0).all()
+    logps.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in six_words.parameters())
+
+
+def test_a_users_own_estimator_needs_no_registration(six_words, rollout):
+    def every_other(rollout, *, generator, offset=0):
+        """Odd or even positions hidden, each scored once."""
+        parity = (torch.arange(rollout.completion_ids.shape[1]) + torch.arange(2)[:, None] + offset) % 2 == 0
+        hidden = parity.expand(len(rollout.completion_ids), -1, -1)
+        prompt = torch.zeros_like(rollout.prompt_mask)[:, None].expand(-1, 2, -1)
+        return MaskedViews(torch.cat([prompt, hidden], 2), (hidden & rollout.completion_mask[:, None]).float())
+
+    hidden, weights = draw_views(every_other, rollout, torch.arange(6), ("mine",), num_draws=2)
+    assert hidden.shape == (6, 2, 2, 11)
+    views = MaskedViews(hidden[:, 0], weights[:, 0])
+    logps = per_token_logps(
+        six_words, rollout.prompt_ids % EOS, rollout.prompt_mask, rollout.completion_ids % EOS, views
+    )
+    assert ((logps != 0) == rollout.completion_mask).all()
+
+
+def test_draw_views_refuses_an_estimator_that_scores_what_it_shows(rollout):
+    def cheating(rollout, *, generator):
+        shown = torch.zeros(len(rollout.prompt_ids), 1, rollout.prompt_ids.shape[1] + 5, dtype=torch.bool)
+        return MaskedViews(shown, torch.ones(len(shown), 1, 5))
+
+    with pytest.raises(ValueError, match="score hidden tokens only"):
+        draw_views(cheating, rollout, torch.arange(6), ("mine",))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("one_step", {"p_mask_prompt": 1.5}, "p_mask_prompt=1.5"),
+        ("one_step", {"prompt_mask_scope": "batch"}, "prompt_mask_scope='batch'"),
+        ("coupled", {"min_ratio": 0.0}, "min_ratio=0.0"),
+        ("coupled", {"min_ratio": 0.5, "max_ratio": 0.4}, "min_ratio=0.5"),
+        ("elbo", {"num_samples": 0}, "num_samples=0"),
+        ("elbo", {"min_ratio": 0.7, "max_ratio": 0.6}, "min_ratio=0.7"),
+        ("elbo", {"min_ratio": 0.41, "max_ratio": 0.59}, "no count of 5 positions"),
+        ("elbo", {"complementary": True, "max_ratio": 0.9}, "complementary=True"),
+        ("quadrature", {"num_nodes": 0}, "num_nodes=0"),
+        ("trace", {"shrink": 2, "top_k": 3}, "shrink=2, top_k=3: set only one"),
+        ("trace", {"num_segments": 0}, "num_segments=0"),
+        ("block_random", {"block_length": 2}, "block_length=2"),
+        ("block_random", {"block_length": 5, "num_samples": 0}, "num_samples=0"),
+        ("block_random", {"block_length": 5, "p_mask_prompt": -0.1}, "p_mask_prompt=-0.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(rollout, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ESTIMATORS[name](rollout, generator=seeded(), **settings)

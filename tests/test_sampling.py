@@ -1,0 +1,592 @@
+"""The reverse process: LLaDA's published loop at temperature 0, softmax draws above it, a trace that replays."""
+
+import itertools
+import random
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import EOS, MASK, VOCAB
+from reference import denoise_greedily, llada_logits, shares, until_eos
+
+from dgrpo.sampling import Rollout, SamplerConfig, generate
+from dgrpo.sampling.cache import WindowCache
+from dgrpo.sampling.draw import uniform
+
+BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
+ALL_RULES = {"threshold": {"threshold": 0.4}, "factor": {"factor": 1.2}, "entropy_bound": {"entropy_bound": 1.5}}
+CACHES = {"exact": {}, "prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
+
+
+def plain(model):
+    """The network as a plain function of one text without padding, in float64."""
+    state = {name: weight.double() for name, weight in model.state_dict().items()}
+    return lambda ids: llada_logits(state, model.config, ids)
+
+
+def keys(count: int) -> torch.Tensor:
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(5))
+
+
+def copies(prompts, count: int):
+    return tuple(tensor[:1].expand(count, -1) for tensor in prompts)
+
+
+def without_end(model):
+    """The same model, of which no token ends a completion."""
+    model.generation_config.eos_token_id = VOCAB
+    return model
+
+
+def common_token(completions: list[list[int]]) -> int:
+    """The token found in most rows without being in all of them: as end token it ends some rows and not others."""
+    rows = Counter(token for completion in completions for token in set(completion))
+    return max((token for token in rows if rows[token] < len(completions)), key=lambda token: (rows[token], token))
+
+
+def assert_same(rollout: Rollout, other: Rollout) -> None:
+    assert torch.equal(rollout.completion_ids, other.completion_ids)
+    assert torch.equal(rollout.completion_mask, other.completion_mask)
+    assert torch.equal(rollout.revealed_at, other.revealed_at)
+    torch.testing.assert_close(rollout.confidence, other.confidence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.entropy, other.entropy, rtol=1e-4, atol=1e-5)
+
+
+def assert_frequencies(counts: torch.Tensor, probs: torch.Tensor) -> None:
+    """Pearson's chi-square within four of its standard deviations; cells that expect under 5 are put together."""
+    expected = probs.double().flatten() * counts.sum()
+    counts = counts.double().flatten()
+    rare = expected < 5
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1e-9)])
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    freedom = len(expected) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5, (statistic, freedom)
+
+
+# Temperature 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("length", "block_length", "steps", "cfg_scale"),
+    [(12, 12, 12, 0), (12, 4, 6, 0), (12, 6, 8, 0), (12, 12, 5, 0), (8, 4, 16, 0), (12, 6, 8, 1.5), (8, 8, 8, 0.5)],
+)
+def test_greedy_sampling_equals_the_published_loop(tiny_llada, prompts, dtype, length, block_length, steps, cfg_scale):
+    ids, mask = prompts
+    model = tiny_llada().to(dtype)
+    settings = {"block_length": block_length, "steps": steps, "cfg_scale": cfg_scale}
+    expected, steps_of = zip(
+        *(
+            denoise_greedily(plain(model), ids[row, mask[row]], torch.full((length,), MASK), MASK, **settings)
+            for row in range(len(ids))
+        ),
+        strict=True,
+    )
+    end = common_token([completion.tolist() for completion in expected])
+    model.generation_config.eos_token_id = end
+    rollout = generate(model, ids, mask, SamplerConfig(length, block_length, steps, cfg_scale=cfg_scale))
+    for row in range(len(ids)):
+        body = until_eos(expected[row].tolist(), {end})
+        assert rollout.completion_ids[row].tolist() == body + [end] * (length - len(body))
+        assert rollout.completion_mask[row].tolist() == [place < len(body) for place in range(length)]
+        assert rollout.revealed_at[row, : len(body)].tolist() == steps_of[row][: len(body)].tolist()
+    assert len(rollout.completion_mask.sum(1).unique()) > 1
+
+
+def test_given_tokens_stay_and_the_rest_is_denoised_around_them(model, prompts):
+    ids, mask = prompts
+    generator = torch.Generator().manual_seed(8)
+    fixed = torch.randint(0, EOS, (5, 12), generator=generator)
+    # One row free, one given entirely, one with a whole block given, the others in part.
+    fixed[torch.rand(5, 12, generator=generator) < torch.tensor([1.1, -0.1, 0.5, 0.3, 0.8])[:, None]] = -1
+    fixed[2, :6] = torch.arange(6)
+    config = replace(BLOCKS, stop_at_eos=False)
+    rollout = generate(model, ids, mask, config, fixed=fixed)
+    for row in range(5):
+        canvas = fixed[row].masked_fill(fixed[row] < 0, MASK)
+        expected, steps_of = denoise_greedily(plain(model), ids[row, mask[row]], canvas, MASK, block_length=6, steps=8)
+        assert EOS not in expected
+        assert rollout.completion_ids[row].tolist() == expected.tolist()
+        assert rollout.revealed_at[row].tolist() == steps_of.tolist()
+    given = fixed >= 0
+    assert given.any()
+    assert (rollout.revealed_at[given] == -1).all()
+    assert (rollout.confidence[given] == 1).all()
+    assert (rollout.entropy[given] == 0).all()
+    assert (rollout.revealed_at[~given] >= 0).all()
+
+
+@pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES.keys())
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_stopping_at_the_end_token_changes_no_token_and_saves_passes(model, prompts, temperature, settings):
+    config = SamplerConfig(24, 4, 24, temperature=temperature, **settings)
+    free = generate(without_end(model), *prompts, config, row_keys=keys(5))
+    model.generation_config.eos_token_id = free.completion_ids[:, 6].unique().tolist()
+    stopped = generate(model, *prompts, config, row_keys=keys(5))
+    full = generate(model, *prompts, replace(config, stop_at_eos=False), row_keys=keys(5))
+    alive = stopped.completion_mask
+    assert torch.equal(stopped.completion_ids, full.completion_ids)
+    assert torch.equal(alive, full.completion_mask)
+    for rollout in (stopped, full):
+        assert torch.equal(rollout.completion_ids[alive], free.completion_ids[alive])
+        assert torch.equal(rollout.revealed_at[alive], free.revealed_at[alive])
+    # Every row has ended by its seventh token. Later blocks never open, and the trace says so.
+    done = (int(alive.sum(1).max()) + 3) // 4 * 4
+    assert done <= 8
+    assert (stopped.num_forwards, full.num_forwards) == (done, 24)
+    assert (stopped.revealed_at[:, done:] == stopped.num_steps).all()
+    assert (stopped.confidence[:, done:] == 0).all()
+
+
+def test_every_end_token_ends_a_row_and_the_first_one_fills_it(model, prompts):
+    free = generate(without_end(model), *prompts, BLOCKS).completion_ids.tolist()
+    ends = [EOS, common_token(free), free[0][3]]
+    model.generation_config.eos_token_id = ends
+    completions = generate(model, *prompts, BLOCKS).completion_ids.tolist()
+    bodies = [until_eos(row, set(ends)) for row in free]
+    assert completions == [body + [EOS] * (12 - len(body)) for body in bodies]
+    assert {body[-1] for body in bodies} >= set(ends[1:])
+
+
+# Temperature above 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_drawn_tokens_follow_the_softmax(model, prompts, temperature):
+    count = 20000
+    config = SamplerConfig(2, 2, 1, temperature=temperature)
+    rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
+    logits = plain(model)(torch.cat([prompts[0][0], torch.tensor([MASK, MASK])]))[-2:]
+    logits[:, MASK] = -torch.inf
+    probs = (logits / temperature).softmax(-1)
+    counts = torch.zeros(VOCAB, VOCAB)
+    counts.index_put_(tuple(rollout.completion_ids.T), torch.ones(()), accumulate=True)
+    # Both tokens come from one picture, so their joint distribution is the product.
+    assert_frequencies(counts, probs[0][:, None] * probs[1])
+    # The confidence is the model's own, at temperature 1 and with [MASK] in its vocabulary.
+    own = plain(model)(torch.cat([prompts[0][0], torch.tensor([MASK, MASK])]))[-2:].softmax(-1).float()
+    torch.testing.assert_close(rollout.confidence, own[torch.arange(2), rollout.completion_ids], rtol=1e-4, atol=1e-6)
+
+
+def test_random_order_is_uniform(model, prompts):
+    count = 6000
+    config = SamplerConfig(4, 4, 4, remasking="random")
+    rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
+    number = {order: index for index, order in enumerate(itertools.permutations(range(4)))}
+    orders = torch.tensor([number[tuple(order)] for order in rollout.revealed_at.tolist()])
+    assert_frequencies(orders.bincount(minlength=24), torch.full((24,), 1 / 24))
+
+
+def test_random_order_is_independent_of_the_drawn_tokens(model, prompts):
+    count = 8000
+    config = SamplerConfig(2, 2, 2, temperature=1.0, remasking="random")
+    rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
+    first = rollout.revealed_at.argmin(1)
+    token = rollout.completion_ids[torch.arange(count), first]
+    logits = plain(model)(torch.cat([prompts[0][0], torch.tensor([MASK, MASK])]))[-2:]
+    logits[:, MASK] = -torch.inf
+    counts = (first * VOCAB + token).bincount(minlength=2 * VOCAB)
+    assert_frequencies(counts, logits.softmax(-1) / 2)
+
+
+def test_noise_is_uniform_and_independent_across_rows_steps_and_positions():
+    count = 20000
+    noise = torch.stack(
+        [
+            uniform(keys(count), step, torch.tensor([[place]]).expand(count, 1))[:, 0]
+            for step in (0, 1)
+            for place in (0, 1)
+        ]
+        + [uniform(torch.arange(count), 0, torch.zeros(count, 1, dtype=torch.long))[:, 0]]
+    )
+    assert noise.dtype == torch.float64
+    assert (noise >= 0).all()
+    assert (noise < 1).all()
+    # 53 bits leave no two of 20000 draws equal; 32 bits or fewer make that unlikely.
+    assert all(len(row.unique()) == count for row in noise)
+    for row in noise:
+        assert_frequencies((row * 50).long().bincount(minlength=50), torch.full((50,), 1 / 50))
+    correlation = torch.corrcoef(noise) - torch.eye(len(noise))
+    assert correlation.abs().max() < 4 / count**0.5
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy", "topk_margin"])
+def test_neither_mask_nor_a_row_beyond_the_vocabulary_is_ever_drawn(tiny_llada, prompts, temperature, remasking):
+    model = tiny_llada(embedding_size=30)
+
+    def favour(head, inputs, logits):
+        return logits.index_add(-1, torch.tensor([MASK, VOCAB, 29]), torch.full((*logits.shape[:-1], 3), 30.0))
+
+    model.get_output_embeddings().register_forward_hook(favour)
+    config = replace(BLOCKS, temperature=temperature, remasking=remasking)
+    rollout = generate(model, *prompts, config, row_keys=keys(5))
+    assert not (rollout.completion_ids == MASK).any()
+    assert (rollout.completion_ids < VOCAB).all()
+    assert (rollout.confidence[rollout.revealed_at < 8] < 1e-6).all()  # the model believed in [MASK]
+
+
+INVARIANT = {
+    "low_confidence": {},
+    "random": {"remasking": "random"},
+    "guided": {"cfg_scale": 1.0},
+    "prefix cache": {"cache": "prefix"},
+    "dual cache": {"cache": "dual", "cache_refresh": 2},
+    **ALL_RULES,
+}
+
+
+@pytest.mark.parametrize("settings", INVARIANT.values(), ids=INVARIANT.keys())
+def test_a_row_is_a_function_of_its_prompt_and_its_key(model, prompts, settings):
+    ids, mask = prompts
+    config = replace(BLOCKS, temperature=0.9, **settings)
+    free = generate(without_end(model), ids, mask, config, row_keys=keys(5))
+    model.generation_config.eos_token_id = common_token(free.completion_ids.tolist())
+    together = generate(model, ids, mask, config, row_keys=keys(5))
+    assert not together.completion_mask.all()
+    assert not torch.equal(together.completion_ids[0], together.completion_ids[1])  # same prompt, another key
+
+    order = torch.tensor([3, 0, 4, 1, 2])
+    shuffled = generate(model, ids[order], mask[order], config, row_keys=keys(5)[order])
+    assert_same(shuffled, replace(together, **{name: getattr(together, name)[order] for name in BY_ROW}))
+
+    for batch_size in (1, 2):
+        assert_same(generate(model, ids, mask, config, row_keys=keys(5), batch_size=batch_size), together)
+
+    wider = torch.nn.functional.pad(ids, (3, 0), value=2), torch.nn.functional.pad(mask, (3, 0))
+    assert_same(generate(model, *wider, config, row_keys=keys(5)), together)
+
+    for row in range(5):
+        alone = generate(
+            model, ids[row, mask[row]][None], mask[row, mask[row]][None], config, row_keys=keys(5)[row, None]
+        )
+        assert_same(alone, replace(together, **{name: getattr(together, name)[row, None] for name in BY_ROW}))
+
+
+BY_ROW = ("completion_ids", "completion_mask", "revealed_at", "confidence", "entropy")
+
+
+def test_generator_decides_everything(model, prompts):
+    config = replace(BLOCKS, temperature=1.0)
+    runs = [generate(model, *prompts, config, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(runs[0].completion_ids, runs[2].completion_ids)
+
+
+def test_rows_of_one_prompt_share_a_group_unless_told_otherwise(model, prompts):
+    group = generate(model, *prompts, BLOCKS).group
+    assert group[0] == group[1]
+    assert len(group.unique()) == 4
+    given = torch.arange(5)
+    assert torch.equal(generate(model, *prompts, BLOCKS, group=given).group, given)
+
+
+# The trace
+
+
+def pictures(rollout: Rollout, row: int):
+    """(step, ids without padding, completion mask of what that step committed), for each step that committed."""
+    prompt = rollout.prompt_ids[row, rollout.prompt_mask[row]]
+    revealed_at = rollout.revealed_at[row]
+    for step in revealed_at[revealed_at >= 0].unique().tolist():
+        shown = rollout.completion_ids[row].masked_fill(revealed_at >= step, MASK)
+        yield step, torch.cat([prompt, shown]), revealed_at == step
+
+
+def order_by(remasking: str, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    probs = logits.softmax(-1)
+    if remasking == "entropy":
+        return torch.special.xlogy(probs, probs).sum(-1)
+    if remasking == "topk_margin":
+        ranked = probs.sort(-1, descending=True).values
+        return ranked[:, 0] - ranked[:, 1]
+    return probs[torch.arange(len(token)), token]
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "topk_margin", "random"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_replaying_the_trace_gives_back_every_step(model, prompts, remasking, temperature):
+    config = replace(BLOCKS, remasking=remasking, temperature=temperature, logits_eos_inf=True)
+    rollout = generate(model, *prompts, config, row_keys=keys(5))
+    assert rollout.completion_mask.all()
+    for row in range(5):
+        counts = []
+        for step, ids, committed in pictures(rollout, row):
+            logits = plain(model)(ids)[-12:]
+            logits[:, EOS] = -torch.inf
+            probs = logits.softmax(-1)
+            token = rollout.completion_ids[row]
+            told = probs[torch.arange(12), token].float()
+            entropy = torch.special.entr(probs).sum(-1).float()
+            torch.testing.assert_close(rollout.confidence[row][committed], told[committed], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(rollout.entropy[row][committed], entropy[committed], rtol=1e-4, atol=1e-5)
+            counts.append(int(committed.sum()))
+            block = torch.arange(12) // 6 == step // 4
+            assert not (committed & ~block).any()
+            if temperature == 0:
+                logits[:, MASK] = -torch.inf
+                assert torch.equal(logits.argmax(-1)[committed], token[committed])
+                logits = plain(model)(ids)[-12:]
+                logits[:, EOS] = -torch.inf
+                drawable = logits.clone()
+                drawable[:, MASK] = -torch.inf
+                order = order_by(remasking, logits, drawable.argmax(-1))
+                waiting = block & (ids[-12:] == MASK) & ~committed
+                if remasking != "random" and waiting.any():
+                    assert order[committed].min() > order[waiting].max()
+        assert counts == shares(6, 4) * 2
+
+
+@pytest.mark.parametrize("settings", ALL_RULES.values(), ids=ALL_RULES.keys())
+def test_parallel_rules_commit_what_they_say_and_at_least_one_token(model, prompts, settings):
+    config = replace(BLOCKS, logits_eos_inf=True, **settings)
+    rollout = generate(model, *prompts, config)
+    sizes = []
+    for row in range(5):
+        steps = []
+        for step, ids, committed in pictures(rollout, row):
+            logits = plain(model)(ids)[-12:]
+            logits[:, EOS] = -torch.inf
+            probs = logits.softmax(-1)
+            confidence = probs.index_fill(1, torch.tensor(MASK), -1).max(-1).values.tolist()
+            entropy = torch.special.entr(probs).sum(-1).tolist()
+            candidates = [at for at in range(12) if ids[at - 12] == MASK and at // 6 == step // 6]
+            candidates.sort(key=lambda at: -confidence[at])
+            allowed = [candidates[0]]
+            for count in range(2, len(candidates) + 1):
+                first = candidates[:count]
+                if "threshold" in settings:
+                    fine = confidence[first[-1]] >= 0.4
+                elif "factor" in settings:
+                    fine = all((n + 1) * (1 - confidence[at]) < 1.2 for n, at in enumerate(first, 1))
+                else:
+                    fine = all(
+                        sum(entropy[at] for at in first[:n]) - max(entropy[at] for at in first[:n]) <= 1.5
+                        for n in range(1, count + 1)
+                    )
+                if fine:
+                    allowed = first
+            assert sorted(allowed) == committed.nonzero()[:, 0].tolist()
+            steps.append(step)
+            sizes.append(len(allowed))
+        for block in (0, 1):
+            mine = [step for step in steps if step // 6 == block]
+            assert mine == list(range(6 * block, 6 * block + len(mine)))  # no pass without a token
+    assert max(sizes) > 1
+    assert min(sizes) == 1
+    passes = sum(int((rollout.revealed_at // 6 == b).mul(rollout.revealed_at % 6 + 1).max()) for b in (0, 1))
+    assert rollout.num_forwards == passes
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize("settings", [{"threshold": 1.1}, {"factor": 1e-9}, {"entropy_bound": -1.0}], ids=str)
+def test_a_rule_that_allows_nothing_commits_one_token_a_step(model, prompts, temperature, settings):
+    config = SamplerConfig(12, 6, 12, temperature=temperature)
+    one_by_one = generate(model, *prompts, config, row_keys=keys(5))
+    assert_same(generate(model, *prompts, replace(config, **settings), row_keys=keys(5)), one_by_one)
+
+
+# Caches
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_cache_refreshed_at_every_step_is_exact(model, prompts, cache, temperature):
+    config = replace(BLOCKS, temperature=temperature)
+    exact = generate(model, *prompts, config, row_keys=keys(5))
+    cached = generate(model, *prompts, replace(config, cache=cache, cache_refresh=1), row_keys=keys(5))
+    assert_same(cached, exact)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("refresh", [None, 3])
+def test_cache_is_exact_where_stored_keys_cannot_go_stale(tiny_llada, prompts, cache, refresh):
+    # With one layer, keys and values depend on their own token alone, and outside the block no token changes.
+    model = tiny_llada(n_layers=1)
+    widths = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, ids: widths.append(ids[0].shape[1]))
+    config = replace(BLOCKS, stop_at_eos=False)
+    exact = generate(model, *prompts, config)
+    del widths[:]
+    assert_same(generate(model, *prompts, replace(config, cache=cache, cache_refresh=refresh)), exact)
+    window = {"prefix": [12, 6], "dual": [6, 6]}[cache]
+    steps = [[18, width, width, width if refresh is None else 18] for width in window]
+    assert widths == steps[0] + steps[1]
+
+
+def test_window_of_an_unchanged_canvas_gets_the_logits_of_a_full_pass(model, prompts):
+    ids, mask = prompts
+    cache, window = WindowCache(), slice(2, 5)
+    full = model(ids, mask, past_key_values=cache).logits
+    cache.window = window
+    part = model(ids[:, window], mask, position_ids=torch.arange(2, 5)[None], past_key_values=cache).logits
+    seen = mask[:, window]
+    torch.testing.assert_close(part[seen], full[:, window][seen], rtol=1e-5, atol=1e-5)
+
+
+# Evaluation switches
+
+
+def test_logits_eos_inf_never_draws_the_end_token(model, prompts):
+    end = common_token(generate(without_end(model), *prompts, BLOCKS).completion_ids.tolist())
+    model.generation_config.eos_token_id = end
+    assert not generate(model, *prompts, BLOCKS).completion_mask.all()
+    assert generate(model, *prompts, replace(BLOCKS, logits_eos_inf=True)).completion_mask.all()
+
+
+def test_confidence_eos_eot_inf_commits_end_tokens_last(model, prompts):
+    config = SamplerConfig(6, 6, 6)
+    ends = generate(without_end(model), *prompts, config).completion_ids.flatten().bincount().topk(3).indices
+    model.generation_config.eos_token_id = ends.tolist()
+    canvases = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, ids: canvases.append(ids[0][:, -6:].clone()))
+    generate(model, *copies(prompts, 1), replace(config, confidence_eos_eot_inf=True))
+    postponed = 0
+    for before, after in itertools.pairwise(torch.cat(canvases)):
+        logits = plain(model)(torch.cat([prompts[0][0], before]))[-6:]
+        best, token = logits.softmax(-1).index_fill(1, torch.tensor(MASK), -1).max(-1)
+        is_end, is_open = torch.isin(token, ends), before == MASK
+        if (is_open & ~is_end).any():
+            assert not torch.isin(after[before != after], ends).any()
+            postponed += int(is_end[best.masked_fill(~is_open, -1).argmax()])
+    assert postponed
+
+
+# What sampling leaves alone
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_runs_in_eval_mode_without_gradients_and_restores_every_modules_mode(tiny_llada, prompts, fails):
+    model = tiny_llada().train()
+    model.model.transformer["blocks"][1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    seen = []
+
+    def watch(block, *_):
+        seen.append((block.training, torch.is_grad_enabled()))
+        if fails:
+            raise RuntimeError("interrupted")
+
+    model.model.transformer["blocks"][0].register_forward_hook(watch)
+    if fails:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            generate(model, *prompts, BLOCKS)
+    else:
+        rollout = generate(model, *prompts, BLOCKS)
+        assert not rollout.confidence.requires_grad
+    assert set(seen) == {(False, False)}
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert True in before.values()
+    assert False in before.values()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
+def test_global_random_states_are_neither_read_nor_changed(model, prompts, remasking):
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    config = replace(BLOCKS, temperature=1.0, remasking=remasking)
+    before = states()
+    first = generate(model, *prompts, config, generator=torch.Generator().manual_seed(1))
+    assert states() == before
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(99)
+        second = generate(model, *prompts, config, generator=torch.Generator().manual_seed(1))
+    assert_same(first, second)
+
+
+def test_inputs_are_not_changed(model, prompts):
+    ids, mask = prompts
+    fixed = torch.full((5, 12), -1)
+    fixed[:, 3] = 4
+    kept = ids.clone(), mask.clone(), fixed.clone()
+    rollout = generate(model, ids, mask, replace(BLOCKS, cfg_scale=1.0), fixed=fixed)
+    assert all(torch.equal(now, then) for now, then in zip((ids, mask, fixed), kept, strict=True))
+    assert torch.equal(rollout.prompt_ids, ids)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("settings", [{}, {"threshold": 0.3}], ids=["fixed schedule", "threshold"])
+def test_ranks_agree_on_the_number_of_passes(tiny_llada, prompts, settings):
+    ids, mask = prompts
+    config = replace(BLOCKS, max_completion_length=24, diffusion_steps=16, **settings)
+    models, rows = [tiny_llada(), tiny_llada()], [slice(0, 2), slice(2, 5)]
+    free = generate(without_end(models[1]), ids, mask, config)
+    models[0].generation_config.eos_token_id = free.completion_ids[:2, 6].tolist()
+    alone = [generate(model, ids[part], mask[part], config) for model, part in zip(models, rows, strict=True)]
+    assert alone[0].num_forwards < alone[1].num_forwards
+
+    barrier, flags = threading.Barrier(2, timeout=20), [False, False]
+
+    def job(rank: int) -> Rollout:
+        def any_rank(flag: bool) -> bool:
+            flags[rank] = bool(flag)
+            barrier.wait()
+            answer = any(flags)
+            barrier.wait()
+            return answer
+
+        return generate(models[rank], ids[rows[rank]], mask[rows[rank]], config, any_rank=any_rank)
+
+    with ThreadPoolExecutor(2) as pool:
+        together = [future.result() for future in [pool.submit(job, rank) for rank in (0, 1)]]
+    assert together[0].num_forwards == together[1].num_forwards
+    for mine, theirs in zip(together, alone, strict=True):
+        assert_same(mine, theirs)
+
+
+def test_rows_of_one_prompt_share_the_first_pass(model, prompts):
+    rows = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, ids: rows.append(len(ids[0])))
+    generate(model, *prompts, replace(BLOCKS, temperature=1.0, stop_at_eos=False), row_keys=keys(5))
+    assert rows == [4] + [5] * 7
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_completion_length": 0}, r"max_completion_length=0: must be at least 1"),
+        ({"block_length": 0}, r"block_length=0: must be at least 1"),
+        ({"diffusion_steps": 0}, r"diffusion_steps=0: must be at least 1"),
+        ({"block_length": 5}, r"block_length=5: must divide max_completion_length=12"),
+        ({"diffusion_steps": 1}, r"diffusion_steps=1: .*raise it to 2"),
+        ({"diffusion_steps": 7}, r"diffusion_steps=7: must be a multiple of the number of blocks, 2"),
+        ({"temperature": -0.5}, r"temperature=-0.5: must be 0 \(greedy\) or positive"),
+        ({"cfg_scale": -1.0}, r"cfg_scale=-1.0: must be 0 \(off\) or positive"),
+        ({"remasking": "confidence"}, r"remasking='confidence': choose low_confidence"),
+        ({"cache": "full"}, r"cache='full': choose prefix or dual"),
+        ({"cache_refresh": 2}, r"cache_refresh=2: needs cache=prefix or cache=dual"),
+        ({"cache": "dual", "cache_refresh": 0}, r"cache_refresh=0: .*at least 1 step"),
+        ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),
+        ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one of threshold, factor and entropy_bound"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_config_errors_name_field_value_and_remedy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        replace(BLOCKS, **settings)
+
+
+def test_generate_refuses_what_it_cannot_sample(model, prompts):
+    ids, mask = prompts
+    with pytest.raises(ValueError, match=r"prompt_ids \[5, 6\] and prompt_mask \[5, 5\]"):
+        generate(model, ids, mask[:, 1:], BLOCKS)
+    with pytest.raises(ValueError, match="padded on the left"):
+        generate(model, ids, mask.flip(1), BLOCKS)
+    with pytest.raises(ValueError, match=r"temperature=1.0.*pass a torch.Generator"):
+        generate(model, ids, mask, replace(BLOCKS, temperature=1.0))
+    with pytest.raises(ValueError, match=r"remasking='random'.*pass a torch.Generator"):
+        generate(model, ids, mask, replace(BLOCKS, remasking="random"))
+    with pytest.raises(ValueError, match=r"fixed \[5, 3\] must be \[B, C\] = \[5, 12\]"):
+        generate(model, ids, mask, BLOCKS, fixed=ids[:, :3])

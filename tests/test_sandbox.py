@@ -1,0 +1,294 @@
+"""Attacks on the sandbox, each bounded so that a broken sandbox would not take the machine with it."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rewards import sandbox
+from rewards.sandbox import Limits, run
+
+PROJECT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+
+
+@pytest.fixture(params=["resource limits", "bubblewrap"])
+def mode(request, monkeypatch):
+    """Both ways to confine a program, whichever this machine would choose."""
+    with_bubblewrap = request.param == "bubblewrap"
+    if with_bubblewrap and shutil.which("bwrap") is None:
+        pytest.skip("bwrap is not installed")
+    found = sandbox.try_layers(bubblewrap=with_bubblewrap)
+    if isinstance(found, str):
+        pytest.skip(f"{request.param} does not work here: {found}")
+    monkeypatch.setattr(sandbox, "layers", lambda: found)
+    return request.param
+
+
+def attempt(body: str) -> str:
+    """A program that reports whether the attack in `body` raised."""
+    lines = "\n".join("    " + line for line in body.strip().splitlines())
+    return f"try:\n{lines}\nexcept BaseException as error:\n    print('refused', type(error).__name__)\nelse:\n    print('DONE')"
+
+
+def test_a_plain_program_runs_in_an_empty_folder_with_empty_input(mode):
+    outcome = run("import os, sys\nprint(os.listdir('.'), repr(sys.stdin.read()), __name__)\nprint(sum(range(10)))")
+    assert (outcome.output, outcome.exit_code, outcome.timed_out) == ("[] '' __main__\n45\n", 0, False)
+
+
+def test_it_says_what_confines_programs(mode):
+    layers = sandbox.layers()
+    assert ("bubblewrap" in layers) == (mode == "bubblewrap")
+    assert {"resource limits", "seccomp"} <= set(layers)
+    assert {"landlock", "own user", "bubblewrap"} & set(layers)
+
+
+def test_a_small_file_can_be_written_and_is_gone_afterwards(mode, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tmp_path.chmod(0o755)
+    outcome = run("open('note.txt', 'w').write('kept')\nprint(open('note.txt').read())")
+    assert outcome.output == "kept\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_and_exit_codes_are_reported(mode):
+    outcome = run("1 / 0")
+    assert outcome.exit_code == 1
+    assert "ZeroDivisionError" in outcome.output
+    assert run("import sys; sys.exit(7)").exit_code == 7
+    assert run("import os; os._exit(0)").exit_code == 0
+    assert "null bytes" in run("print(1)\x00").output
+    assert run("print('\ud800')").exit_code == 1
+
+
+def test_endless_work_ends_at_the_limit_of_cpu_time(mode):
+    started = time.monotonic()
+    outcome = run("while True: pass", Limits(cpu_seconds=1, wall_seconds=20))
+    assert time.monotonic() - started < 10
+    assert outcome.exit_code != 0
+    assert not outcome.timed_out
+
+
+def test_sleep_ends_at_the_limit_of_wall_time(mode):
+    started = time.monotonic()
+    assert run("import time\ntime.sleep(60)", Limits(wall_seconds=1)).timed_out
+    assert time.monotonic() - started < 5
+
+
+def test_ignored_signals_do_not_prolong_it(mode):
+    program = "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except Exception: pass\n"
+    outcome = run(program + "while True: pass", Limits(cpu_seconds=1, wall_seconds=10))
+    assert outcome.exit_code == -signal.SIGKILL or outcome.exit_code == 128 + signal.SIGKILL
+
+
+def test_memory_bomb(mode):
+    outcome = run("x = bytearray(2 * 10**9)\nprint('DONE')", Limits(memory_mib=128))
+    assert "MemoryError" in outcome.output
+    outcome = run("x = []\nwhile True: x.append(bytearray(10**6))", Limits(memory_mib=128))
+    assert outcome.exit_code != 0
+
+
+def test_endless_output_is_cut_off(mode):
+    outcome = run("while True: print('x' * 1000)", Limits(file_mib=1, wall_seconds=3))
+    assert outcome.exit_code != 0
+    assert len(outcome.output) <= 2**20
+    outcome = run("import os\nwhile True: os.write(2, b'x' * 4096)", Limits(file_mib=1, wall_seconds=3))
+    assert len(outcome.output) <= 2**20
+
+
+def test_a_large_file_is_refused(mode):
+    outcome = run(attempt("open('big', 'wb').write(bytes(3 * 2**20))"), Limits(file_mib=1))
+    assert outcome.output == "refused OSError\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import os\nif os.fork() == 0: os._exit(0)",
+        "import os\nfor _ in range(50):\n    if os.fork() == 0: os._exit(0)",
+        "import subprocess\nsubprocess.run(['/bin/true'])",
+        "import os\nos.system('true') and 1 / 0",
+        "import os\nos.posix_spawn('/bin/sh', ['sh', '-c', 'true'], {})",
+        "import os\nos.execv('/bin/sh', ['sh', '-c', 'echo DONE'])",
+        "import threading\nthreading.Thread(target=print).start()",
+        "import multiprocessing\nmultiprocessing.Process(target=print).start()",
+    ],
+)
+def test_no_further_process_or_thread(mode, body):
+    # A bounded fork "bomb": were it let through, fifty short processes would be all.
+    assert run(attempt(body)).output.splitlines()[-1].startswith("refused")
+
+
+@pytest.mark.parametrize("victim", ["os.getppid()", "-1", "1", "os.getpid()", "{neighbour}"])
+@pytest.mark.parametrize("number", [0, 9])
+def test_no_signal_reaches_anyone(mode, victim, number):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as neighbour:
+        # Signal 0 asks whether a signal could be sent; 9 is sent only to single processes, never to all (-1).
+        number = 0 if victim == "-1" else number
+        body = f"import os\nos.kill({victim.format(neighbour=neighbour.pid)}, {number})"
+        outcome = run(attempt(body))
+        assert outcome.output in ("refused PermissionError\n", "refused ProcessLookupError\n")
+        assert neighbour.poll() is None
+        neighbour.kill()
+
+
+def test_the_environment_is_scrubbed(mode, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "very-secret")
+    outcome = run(
+        "import os\nprint(dict(os.environ))\n"
+        "for pid in ['self', os.getppid(), 1]:\n"
+        "    try: print(open(f'/proc/{pid}/environ').read())\n    except OSError as e: print(e)"
+    )
+    assert "very-secret" not in outcome.output
+    assert "PATH" in outcome.output
+    assert str(PROJECT) not in outcome.output
+
+
+@pytest.mark.parametrize(
+    "path",
+    [str(Path.home()), str(PROJECT), str(PROJECT / "setup.cfg"), __file__, "/etc/passwd", "/proc/self/mem", "/tmp"],
+)
+def test_files_outside_cannot_be_read(mode, path):
+    if mode == "bubblewrap" and path in ("/tmp", "/proc/self/mem") or not Path(path).exists():
+        pytest.skip("absent, or an empty one of its own")
+    body = f"import os\nprint(os.listdir({path!r}) if os.path.isdir({path!r}) else open({path!r}, 'rb').read(1))"
+    assert run(attempt(body)).output.splitlines()[-1].startswith("refused")
+
+
+def test_files_outside_cannot_be_changed(mode, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("intact")
+    for folder in [tmp_path, *tmp_path.parents][:-1]:
+        if folder.stat().st_uid == os.getuid() and "pytest" in folder.name:
+            folder.chmod(0o777)
+    victim.chmod(0o666)
+    before = victim.stat()
+    for attack in (
+        f"open({str(victim)!r}, 'w').write('changed')",
+        f"import os; os.unlink({str(victim)!r})",
+        f"import os; os.chmod({str(victim)!r}, 0)",
+        f"import os; os.utime({str(victim)!r}, (0, 0))",
+        f"import os; os.truncate({str(victim)!r}, 0)",
+        f"open({str(tmp_path / 'new')!r}, 'w')",
+        f"import os; os.symlink({str(victim)!r}, 'link'); open('link', 'w').write('changed')",
+        f"import os; os.link({str(victim)!r}, 'link')",
+        "import os; [os.mkdir('d') or os.chdir('d') for _ in range(3000)]",
+        "open('/dev/shm/left-behind-by-a-program', 'w')",
+        "open('/tmp/left-behind-by-a-program', 'w')",
+    ):
+        outcome = run(attempt(attack))
+        if mode == "resource limits" and "landlock" in sandbox.layers():
+            assert outcome.output.startswith("refused"), attack
+    after = victim.stat()
+    assert victim.read_text() == "intact"
+    assert (before.st_mode, before.st_mtime, before.st_nlink) == (after.st_mode, after.st_mtime, after.st_nlink)
+    assert [path.name for path in tmp_path.iterdir()] == ["victim.txt"]
+    assert not Path("/dev/shm/left-behind-by-a-program").exists()
+    assert not Path("/tmp/left-behind-by-a-program").exists()
+
+
+def test_no_network(mode):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        body = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)"
+        assert run(attempt(body)).output.startswith("refused")
+        assert run(attempt("import socket\nsocket.socket(socket.AF_UNIX)")).output.startswith("refused")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (60, 60))",
+        "import os\nos.setuid(0)\n1 / (os.getuid() == 0 and os.getpid() == -1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.prctl(22, 0, 0, 0, 0) + 1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.ptrace(16, os.getppid(), 0, 0) + 1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.unshare(0x10000000) + 1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.mount(b'none', b'/', b'tmpfs', 0, None) + 1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.shmget(1, 4096, 0o1666) + 1)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\n1 / (libc.syscall(425, 1, None) + 1)",
+        "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))",
+        "import os\nos.sched_setaffinity(os.getppid(), {0})",
+    ],
+)
+def test_rights_cannot_be_regained(mode, body):
+    # Calls through ctypes answer -1 when refused, which the divisions turn into an error.
+    assert run(attempt(body)).output.splitlines()[-1].startswith("refused")
+
+
+def test_hostile_code_cannot_crash_its_way_out(mode):
+    assert run("import ctypes\nctypes.string_at(0)").exit_code != 0
+    assert run("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", Limits(memory_mib=256)).exit_code != 0
+    assert run("(" * 10_000).exit_code != 0
+    assert run("import os\nos.abort()").exit_code != 0
+
+
+def test_only_named_descriptors_are_inherited(mode):
+    with tempfile.TemporaryFile() as secret:
+        os.set_inheritable(secret.fileno(), True)
+        outcome = run(
+            "import os\nopen_ones = []\n"
+            "for fd in range(64):\n"
+            "    try: os.fstat(fd); open_ones.append(fd)\n"
+            "    except OSError: pass\nprint(open_ones)"
+        )
+    assert outcome.output == "[0, 1, 2]\n"
+
+
+def test_many_at_once_each_in_its_own_folder(mode):
+    program = (
+        "import os, time\nopen('mine', 'w').write('{n}')\ntime.sleep(0.2)\nprint(os.listdir('.'), open('mine').read())"
+    )
+    with ThreadPoolExecutor(16) as pool:
+        outcomes = list(pool.map(lambda n: run(program.format(n=n), Limits(wall_seconds=30)), range(32)))
+    assert [outcome.output for outcome in outcomes] == [f"['mine'] {n}\n" for n in range(32)]
+
+
+def test_a_program_dies_with_the_process_that_started_it(mode, tmp_path):
+    script = (
+        "import sys, threading, os, time\n"
+        f"sys.path.insert(0, {str(PROJECT)!r})\n"
+        "from rewards import sandbox\n"
+        f"sandbox.layers = lambda: {sandbox.layers()!r}\n"
+        "with sandbox.start('import time\\ntime.sleep(60)', sandbox.Limits()) as (process, _):\n"
+        "    time.sleep(1)\n"
+        "    print(process.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as trainer:
+        pid = int(trainer.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        trainer.kill()
+        trainer.wait()
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
+            return
+        time.sleep(0.1)
+    pytest.fail("the program outlived its parent")
+
+
+def test_refuses_rather_than_trusts_where_nothing_holds(monkeypatch):
+    monkeypatch.setattr(sandbox, "try_layers", lambda bubblewrap: "no such thing")
+    monkeypatch.setattr(sandbox, "layers", sandbox.layers.__wrapped__)
+    with pytest.raises(RuntimeError, match="Install bubblewrap"):
+        sandbox.run("print(1)")
+
+
+def test_works_from_a_thread(mode):
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(run("print(1)")))
+    thread.start()
+    thread.join()
+    assert outcomes[0].output == "1\n"
