@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dgrpo.curves import PANELS, draw_curves, with_summary_accuracy
+from dgrpo.curves import draw_curves, with_summary_accuracy
 from dgrpo.player import printable
 from dgrpo.report import duration
 from dgrpo.run_folder import Metrics, read_config, read_metrics, read_summary
@@ -33,13 +34,15 @@ def read_run(run_dir: str | Path) -> Run:
     summary, (_, config), metrics = read_summary(run_dir), read_config(run_dir), read_metrics(run_dir)
     if not summary and not metrics:
         raise ValueError(f"{run_dir}: no run here, neither summary.json nor metrics.csv can be read.")
-    kind = {key: str(value) for key, value in _flatten(config).items() if key.split(".")[-1] not in NOT_THE_KIND}
-    kind |= {key: str(summary[key]) for key in ("task", "model") if key in summary}
+    settings = _flatten(config) or {key: summary[key] for key in ("task", "model") if key in summary}
+    kind = {key: str(value) for key, value in settings.items() if key.split(".")[-1] not in NOT_THE_KIND}
+    known = {"model": config["model_name_or_path"]} if "model_name_or_path" in config else {}
+    summary = known | summary
     return Run(printable(run_dir.resolve().name), summary, kind, with_summary_accuracy(metrics, summary))
 
 
 def _flatten(config: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in config.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
@@ -59,7 +62,7 @@ def kinds_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     kinds = {}
     for group in groups:
         parts = [f"{key}={group[0].config.get(key, 'unset')}" for key in differing[:3]]
-        name = printable(", ".join(parts)) if parts else str(group[0].config.get("task", group[0].name))
+        name = printable(", ".join(parts)) if parts else str(group[0].summary.get("task", group[0].name))
         if len(differing) > 3:
             name += f" ({group[0].name})"
         kinds[f"{name}, {len(group)} seeds" if len(group) > 1 else name] = group
@@ -68,7 +71,7 @@ def kinds_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def compare_table(kinds: dict[str, list[Run]]) -> Table:
     """One line per run, kind by kind, and the mean of each kind that has several runs."""
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="bold")
     for name in ("run", "task", "model"):
         table.add_column(name, overflow="fold")
     for name in ("seed", "before", "after", "gain", "steps", "wall"):
@@ -104,13 +107,12 @@ def _mean(runs: Sequence[Run]) -> dict:
     """The means over runs, of what all of them have."""
     mean: dict = {}
     for key in ("before", "after"):
-        values = [(run.summary.get(key) or {}).get("accuracy") for run in runs]
-        if None not in values:
-            mean[key] = {"accuracy": sum(values) / len(runs)}
+        results = [run.summary.get(key) or {} for run in runs]
+        if all("accuracy" in result for result in results):
+            mean[key] = {"accuracy": sum(result["accuracy"] for result in results) / len(runs)}
     for key in ("steps", "wall_seconds"):
-        values = [run.summary.get(key) for run in runs]
-        if None not in values:
-            mean[key] = round(sum(values) / len(runs))
+        if all(key in run.summary for run in runs):
+            mean[key] = round(sum(run.summary[key] for run in runs) / len(runs))
     return mean
 
 
@@ -126,5 +128,5 @@ def compare(
     kinds = kinds_of([read_run(run_dir) for run_dir in run_dirs])
     (console or Console()).print(compare_table(kinds))
     if png is not None:
-        draw_curves(png, {kind: [run.metrics for run in runs] for kind, runs in kinds.items()}, PANELS)
+        draw_curves(png, {kind: [run.metrics for run in runs] for kind, runs in kinds.items()})
     return kinds

@@ -65,7 +65,7 @@ def evenly_spaced(completions: Sequence[Completion], limit: int) -> list[Row]:
 
 
 def _distinct(completions: Sequence[Completion], limit: int) -> list[Row]:
-    kept = {}
+    kept: dict[tuple[str, str], Completion] = {}
     for completion in completions:
         kept.setdefault((completion.prompt, completion.text), completion)
         if len(kept) == limit:

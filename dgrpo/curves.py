@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dgrpo.run_folder import Metrics
 
@@ -49,39 +49,25 @@ def band(runs: list[Metrics], name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), values
 
 
-def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]], panels=PANELS) -> Path:
-    """Draw a panel per metric: for each kind of run the mean over its runs, and the range from lowest to highest."""
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
+def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]]) -> Path:
+    """Draw a panel per metric: for each kind of run the mean over its runs, and the range from lowest to highest.
+
+    kinds: the runs of each kind by its name in the legend; an empty name is not shown.
+    """
     legend_rows = -(-len(kinds) // 2) if any(kinds) else 0
-    height = 2.9 * rows + 0.28 * legend_rows
-    figure = Figure(figsize=(5.2 * columns, height), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (name, title, is_share) in zip(axes, panels, strict=False):
-        axis.set_title(title, loc="left", fontsize=11, color=INK, fontweight="semibold")
-        drawn = False
+    figure = Figure(figsize=(10.4, 5.8 + 0.28 * legend_rows), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    axes = figure.subplots(2, 2)
+    for axis, (name, title, is_share) in zip(axes.flat, PANELS, strict=True):
         for number, (kind, runs) in enumerate(kinds.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            steps, values = band(runs, name)
-            if not len(steps):
-                continue
-            drawn = True
-            if len(runs) == 1 and len(steps) >= 50:
-                raw = np.array(runs[0][name])
-                axis.plot(raw[:, 0], raw[:, 1], color=colour, alpha=0.25, linewidth=0.8)
-            elif len(values) > 1:
-                axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
-            marker = "o" if len(steps) <= 20 else None
-            axis.plot(steps, values.mean(0), color=colour, linewidth=1.8, marker=marker, markersize=4, label=kind)
-        if not drawn:
-            axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=MUTED)
-        _dress(axis, is_share)
-    labelled = {
-        label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    if any(labelled):
+            _draw_kind(axis, runs, name, kind, COLOURS[number % len(COLOURS)])
+        _dress(axis, title, is_share)
+    for axis in axes[-1]:
+        axis.set_xlabel("step", fontsize=9, color=MUTED, loc="right")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label() in kinds}
+    if any(lines):
         figure.legend(
-            labelled.values(), labelled, loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK
+            handles=lines.values(), loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,15 +75,31 @@ def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]], panels=PANELS
     return path
 
 
-def _dress(axis, is_share: bool) -> None:
+def _draw_kind(axis, runs: list[Metrics], name: str, kind: str, colour: str) -> None:
+    steps, values = band(runs, name)
+    if not len(steps):
+        return
+    if len(runs) == 1 and len(steps) >= 50:
+        raw = np.array(runs[0][name])
+        axis.plot(raw[:, 0], raw[:, 1], color=colour, alpha=0.25, linewidth=0.8)
+    elif len(values) > 1:
+        axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+    marker = "o" if len(steps) <= 20 else None
+    axis.plot(steps, values.mean(0), color=colour, linewidth=1.8, marker=marker, markersize=4, label=kind)
+
+
+def _dress(axis, title: str, is_share: bool) -> None:
+    axis.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(GRID)
     axis.tick_params(colors=MUTED, labelsize=9, length=0)
-    axis.set_xlabel("step", fontsize=9, color=MUTED, loc="right")
+    if not axis.has_data():
+        axis.set(xticks=[], yticks=[])
+        axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=MUTED)
+        return
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
     if is_share:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(0.0, low), high)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))

@@ -112,8 +112,8 @@ def elbo(
     subset equally likely, weight C/(n l); a token's expected weight is 1. The n counts of a rollout are spread evenly
     from a random start, and each is uniform on its own (not so where they are rounded, as in LLaDA's code).
 
-    `complementary` (ESPO's variance reduction, arXiv:2512.03759): l uniform in {0..C} and the complement, N = 2n,
-    weights (C+1)/(2nl) and (C+1)/(2n(C-l)); an empty picture scores nothing, every token is scored once in a pair.
+    `complementary` (ESPO, arXiv:2512.03759): l uniform in {0..C} and the complement, N = 2n, weights (C+1)/(2nl) and
+    (C+1)/(2n(C-l)); an empty picture scores nothing, every token is scored once in a pair.
 
     `min_ratio`, `max_ratio` narrow the law of l to {ceil(min_ratio C)..floor(max_ratio C)}, the structured ratios of
     UniGRPO (arXiv:2505.15809). Expected weights stay 1, but the score is then not the ELBO.

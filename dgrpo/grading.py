@@ -3,12 +3,12 @@
 A file holds `{"generations": [{"question", "generations", "ground_truth"}, ...]}`; the files of one test set are its
 shards. Two protocols:
 
-- `strict`: the rewards' own graders, so that training reward and accuracy agree. Text from the first end-of-text marker
-  on is dropped, as a sampler drops it.
+- `strict`: the rewards' own graders, so that training reward and accuracy agree. Text from the first end-of-text
+  marker on is dropped, as a sampler drops it.
 - `d1`: what the parser published with d1 accepts (`dgrpo.grading_d1`), so that results compare with the literature.
 
-An interval is Wilson's, at 95 %, over the number of texts. d1's Sudoku accuracy counts empty cells; cells of one puzzle
-are not independent, so there too the number of puzzles is what counts.
+An interval is Wilson's, at 95 %, over the number of texts. d1's Sudoku accuracy counts empty cells; cells of one
+puzzle are not independent, so there too the number of puzzles is what counts.
 """
 
 import json
@@ -63,28 +63,31 @@ def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
     return max((center - width) / scale, 0.0), min((center + width) / scale, 1.0)
 
 
-def strict_score(task: str, item: dict) -> float | None:
-    """The task's own reward of one stored text."""
-    text, gold = END_OF_TEXT.split(item["generations"], maxsplit=1)[0], item.get("ground_truth")
+def strict_scores(task: str, items: list[dict], texts: list[str]) -> list[float | None]:
+    """The task's own reward of each stored text."""
+    golds = [item.get("ground_truth") for item in items]
     if task == "gsm8k":
-        return gsm8k.correctness_reward([None], [text], [gold])[0]
+        return gsm8k.correctness_reward(items, texts, golds)
     if task == "math500":
-        return math500.correctness_reward([None], [text], [gold])[0]
+        return math500.correctness_reward(items, texts, golds)
     if task == "countdown":
-        numbers, target = gold or (None, None)
-        return countdown.equation_reward([None], [text], [numbers], [target])[0]
+        numbers, targets = [gold[0] for gold in golds], [gold[1] for gold in golds]
+        return countdown.equation_reward(items, texts, numbers, targets)
+    if task == "code":
+        return code.tests_reward(items, texts, golds)
+    puzzles = [sudoku_puzzle(item["question"]) for item in items]
     if task == "sudoku":
-        return sudoku.solved_reward([None], [text], [sudoku_puzzle(item["question"])])[0]
-    if task == "sudoku_cells":
-        return sudoku.cells_reward([None], [text], [sudoku_puzzle(item["question"])], [gold])[0]
-    return code.tests_reward([None], [text], [gold])[0]
+        return sudoku.solved_reward(items, texts, puzzles)
+    return sudoku.cells_reward(items, texts, puzzles, golds)
 
 
-def grade_strictly(task: str, item: dict) -> Item:
-    """One stored text graded by the task's reward."""
-    score = strict_score(task, item)
-    answer = short_answer(END_OF_TEXT.split(item["generations"], maxsplit=1)[0])
-    return Item(item.get("question", ""), answer, score or 0.0, 0.0 if score is None else 1.0)
+def grade_strictly(task: str, items: list[dict]) -> list[Item]:
+    """Stored texts graded by the task's reward."""
+    texts = [END_OF_TEXT.split(item["generations"], maxsplit=1)[0] for item in items]
+    return [
+        Item(item.get("question", ""), short_answer(text), score or 0.0, 0.0 if score is None else 1.0)
+        for item, text, score in zip(items, texts, strict_scores(task, items, texts), strict=True)
+    ]
 
 
 STRICT = ("gsm8k", "math500", "countdown", "sudoku", "sudoku_cells", "code")
@@ -100,7 +103,7 @@ def infer_task(path: str | Path) -> str:
 
 
 def setup_name(path: str | Path) -> str:
-    """What the shards of one run have in common in their names: `gsm8k_instruct_128_64` of `..._0_generations.json`."""
+    """What the names of one run's shards share: `gsm8k_128_64` of `gsm8k_128_64_0_generations.json`."""
     return re.sub(r"(?:_\d+)?_generations$", "", Path(path).stem)
 
 
@@ -119,7 +122,8 @@ def grade(items: Iterable[dict], task: str, protocol: str = "strict") -> Report:
     tasks = STRICT if protocol == "strict" else tuple(D1)
     if task not in tasks:
         raise ValueError(f"task {task!r} has no protocol {protocol!r}, which grades {', '.join(tasks)}")
-    graded = [grade_strictly(task, item) if protocol == "strict" else D1[task](item) for item in items]
+    rows = list(items)
+    graded = grade_strictly(task, rows) if protocol == "strict" else [D1[task](row) for row in rows]
     n = sum(item.possible > 0 for item in graded)
     right, possible = sum(item.right for item in graded), sum(item.possible for item in graded)
     accuracy = right / possible if possible else math.nan

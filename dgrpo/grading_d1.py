@@ -1,9 +1,9 @@
 """The rules by which d1's published parser grades a text, one function per task: `d1_gsm8k(item) -> Item`.
 
-Source: arXiv:2504.12216; eval/parse_and_get_acc.py and eval/parser_helper.py of github.com/dllm-reasoning/d1 at 837888f.
-The rules are written here in other words, with their oddities, since d1's published numbers contain them; they are no
-example to follow (`rewards` has ours). An item is one row of a file of generations: `question`, `generations` (the
-text, after a prompt that ends in `<reasoning>`) and `ground_truth`.
+Source: arXiv:2504.12216; eval/parse_and_get_acc.py and eval/parser_helper.py of github.com/dllm-reasoning/d1 at
+837888f. The rules are written here in other words, with their oddities, since d1's published numbers contain them;
+they are no example to follow (`rewards` has ours). An item is one row of a file of generations: `question`,
+`generations` (the text, after a prompt that ends in `<reasoning>`) and `ground_truth`.
 """
 
 import ast
@@ -37,10 +37,27 @@ def sudoku_puzzle(question: str) -> str:
 NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
+def after_tag(text: str, tag: str) -> str | None:
+    """What follows the first such tag; None when there is none."""
+    _, found, rest = text.partition(tag)
+    return rest if found else None
+
+
 def first_answer(text: str) -> str | None:
     """What stands between the first `<answer>` and the next `</answer>`, stripped."""
-    match = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return match.group(1).strip() if match else None
+    answer, closed, _ = (after_tag(text, "<answer>") or "").partition("</answer>")
+    return answer.strip() if closed else None
+
+
+def boxes_within_lines(text: str) -> list[str]:
+    r"""What follows each `\boxed{` up to the first closing brace on the same line."""
+    boxes = []
+    for line in text.split("\n"):
+        while "\\boxed{" in line:
+            box, closed, line = line.partition("\\boxed{")[2].partition("}")
+            if closed:
+                boxes.append(box.strip())
+    return boxes
 
 
 def to_float(text: str, which: int) -> float | None:
@@ -53,13 +70,12 @@ def to_float(text: str, which: int) -> float | None:
 
 
 def d1_gsm8k(item: dict) -> Item:
-    r"""The first `\boxed{...}` with a number in it counts, up to the first brace, on one line; without one, `<answer>`.
+    r"""The first `\boxed{...}` with a number in it, up to the first brace, on one line, counts; else `<answer>`.
 
     Of several numbers in a box the first counts, in an answer block the last. A thousands separator ends a number.
     """
     text, gold = item.get("generations", ""), item.get("ground_truth")
-    boxes = [box.strip() for box in re.findall(r"\\boxed{(.*?)}", text)]
-    numbers = [to_float(box, 0) for box in boxes if box.strip(".")]
+    numbers = [to_float(box, 0) for box in boxes_within_lines(text) if box.strip(".")]
     value = next((number for number in numbers if number is not None), None)
     if value is None:
         answer = first_answer(text)
@@ -74,8 +90,7 @@ def last_box(text: str) -> str | None:
     `\fbox{...}` stands in for a missing `\boxed`, and is kept with its name. None when braces stay open.
     """
     if "\\boxed " in text:
-        content = text.rpartition("\\boxed ")[2].partition("$")[0]
-        return content
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed") if "\\boxed" in text else text.rfind("\\fbox")
     if start < 0:
         return text
@@ -167,9 +182,11 @@ def same_latex(answer: str, gold: object) -> bool:
 
 
 def d1_math500(item: dict) -> Item:
-    """The last box (`last_box`, which may be the whole text) counts; `<answer>` only where braces stay open or it is empty."""
+    """The last box (`last_box`: it may be the whole text) counts; `<answer>` where braces stay open or it is empty."""
     text = item.get("generations", "")
-    answer = last_box(text) or first_answer(text)
+    answer = last_box(text)
+    if not answer and (block := first_answer(text)) is not None:
+        answer = block
     right = answer is not None and same_latex(answer, item.get("ground_truth", ""))
     return Item(item.get("question", ""), answer, float(right), 1.0)
 
@@ -221,10 +238,10 @@ def equals_target(equation: str, numbers: Sequence[int], target: float) -> bool:
 
 
 def d1_countdown(item: dict) -> Item:
-    r"""The last box counts, `<answer>` where braces stay open, the whole text where there is neither.
+    r"""The last box (`last_box`) counts; where braces stay open, `<answer>`, or else the whole text.
 
-    `\div`, `\times` and `\cdot` are operators. Where some `expression = number` stands in it, the first one's expression
-    counts, whatever the number. Numbers and target come from the reference, or else from the question.
+    `\div`, `\times` and `\cdot` are operators. Where some `expression = number` stands in it, the first one's
+    expression counts, whatever the number. Numbers and target come from the reference, or else from the question.
     """
     text, gold, question = item.get("generations", ""), item.get("ground_truth", []), item.get("question", "")
     numbers, target = [], None
@@ -248,14 +265,13 @@ def d1_countdown(item: dict) -> Item:
     return Item(question, equation, float(right), 1.0)
 
 
-# Where d1 looks for a grid, in this order: fenced in the answer; the answer, closed or not; after the answer; the first
-# 16 digits before </answer>; the first 16 digits.
+# Where d1 looks for a grid, in this order: the tag after the first of which, and the pattern; "" is the whole text.
 GRIDS = [
-    re.compile(r"<answer>.*?```([\d\s]+)```", re.DOTALL),
-    re.compile(r"<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)", re.DOTALL),
-    re.compile(r"</answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", re.DOTALL),
-    re.compile(r"(\d{16})\s*</answer>"),
-    re.compile(r"\b(\d{16})\b"),
+    ("<answer>", re.compile(r"```([\d\s]+)```")),
+    ("<answer>", re.compile(r"^(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)", re.DOTALL)),
+    ("</answer>", re.compile(r"^(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", re.DOTALL)),
+    ("", re.compile(r"(\d{16})\s*</answer>")),
+    ("", re.compile(r"\b(\d{16})\b")),
 ]
 
 
@@ -266,10 +282,14 @@ def d1_sudoku(item: dict) -> Item:
     """
     question, text, gold = item.get("question", ""), item.get("generations", ""), item.get("ground_truth", "")
     empty = [i for i, clue in enumerate(sudoku_puzzle(question)) if clue == "0"]
-    matches = (pattern.search(text) for pattern in GRIDS)
-    grid = next((match.group(1) for match in matches if match and match.group(1).strip()), "")
-    cells = "".join(grid.split())
-    # An answer without any text gets nothing; padding counts as a wrong cell, since no solution holds a 0.
+    cells = ""
+    for tag, pattern in GRIDS:
+        place = after_tag(text, tag) if tag else text
+        match = pattern.search(place) if place is not None else None
+        cells = "".join(match.group(1).split()) if match else ""
+        if cells:
+            break
+    # Padding is a wrong cell, since no solution holds a 0; so what is too short need not be padded here.
     right = sum(cells[i : i + 1] == gold[i] for i in empty)
     return Item(question, cells, float(right), float(len(empty)))
 

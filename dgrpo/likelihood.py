@@ -29,8 +29,8 @@ def log_likelihood(
 
     LLaDA's likelihood (arXiv:2502.09992, eq. 6 and appendix B.5): the mean over `num_samples` masked pictures of
     C/l * sum over the l hidden tokens of log p(token | picture), l uniform in {1..C}; `complementary` draws pairs of a
-    picture and its complement instead (twice the passes, less variance). prompt_ids [B, P]; `prompt_mask` [B, P] is
-    False on the padding; completion_ids [B, C], every token of which is scored. `batch_size` pictures go through the
+    picture and its complement instead, twice as many pictures. prompt_ids [B, P]; `prompt_mask` [B, P] is False on
+    the padding; completion_ids [B, C], every token of which is scored. `batch_size` pictures go through the
     network at a time; it does not change the result. Published: 128 samples; 1 is exact for a single token.
     """
     if prompt_ids.dim() != 2 or completion_ids.dim() != 2 or len(prompt_ids) != len(completion_ids):

@@ -8,6 +8,7 @@ import re
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.cells import cell_len
@@ -27,7 +28,7 @@ LEVELS = (0.3, 0.5, 0.7, 0.9)
 COLOURS = ("#d9432f", "#c06000", "#8f7d00", "#0d8a6a", "#2a78d6")
 MUTED = "#808080"
 PROMPT_LINES = 4
-HIDDEN, LINE_END, SQUARE = "\u2591", "\u21b5", "\u25a0"
+HIDDEN, LINE_END, EMPTY, SQUARE = "\u2591", "\u21b5", "\u25a1", "\u25a0"
 
 # What a model writes may hold terminal commands, and marks that turn the reading direction round.
 _UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -75,7 +76,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     """What each token adds to the text of the tokens before it; of a character split over tokens, the last has it."""
     texts, done = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if end < len(ids):
             text = text.rstrip("\ufffd")
         texts.append(printable(text[len(done) :]) if len(text) > len(done) else "")
@@ -131,7 +132,7 @@ def frames(
 def prompt_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
     """The prompt of one row, without padding and special tokens."""
     ids = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
-    return printable(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return printable(str(tokenizer.decode(ids, skip_special_tokens=True))).strip()
 
 
 def canvas_lines(tokens: tuple[Token, ...], width: int) -> list[list[tuple[int, str]]]:
@@ -166,20 +167,18 @@ def canvas_lines(tokens: tuple[Token, ...], width: int) -> list[list[tuple[int, 
 
 
 def window(lines: list[list[tuple[int, str]]], frame: Frame, height: int) -> list[list[tuple[int, str]]]:
-    """At most `height` consecutive lines, of which the first holds the earliest token of the block at work."""
-    at_work = (
-        index
-        for index, line in enumerate(lines)
-        for position, _ in line
-        if frame.tokens[position].block == frame.block
-    )
-    start = max(0, min(next(at_work, 0), len(lines) - height))
+    """At most `height` consecutive lines, from the start of the block at work unless what is new lies further down."""
+    line_of = {position: number for number, line in enumerate(lines) for position, _ in line}
+    at_work = [number for position, number in line_of.items() if frame.tokens[position].block == frame.block]
+    new = [number for position, number in line_of.items() if frame.fresh(frame.tokens[position])]
+    start = max(min(at_work, default=0), max(new, default=0) - height + 1)
+    start = max(0, min(start, len(lines) - height))
     return lines[start : start + height]
 
 
 def _legend() -> Text:
     legend = Text("confidence  ", style=MUTED)
-    for colour, label in zip(COLOURS, (*(f"< {bound}" for bound in LEVELS), f"{LEVELS[-1]} to 1"), strict=True):
+    for colour, label in zip(COLOURS, (*(f"<{bound}" for bound in LEVELS), f"{LEVELS[-1]}-1"), strict=True):
         legend.append(f"{SQUARE} ", style=colour).append(f"{label}  ", style=MUTED)
     return legend
 
@@ -204,7 +203,7 @@ def render(frame: Frame, *, prompt: str = "", num_steps: int, width: int, height
         if position and token.block != tokens[position - 1].block:
             canvas.append(" ")
         colour = COLOURS[token.level] if frame.shown(token) else MUTED
-        canvas.append(SQUARE if frame.shown(token) else HIDDEN, style=f"dim {colour}" if token.after_end else colour)
+        canvas.append(SQUARE if frame.shown(token) else EMPTY, style=f"dim {colour}" if token.after_end else colour)
     question = Text("\n".join(line for line in prompt.splitlines() if line.strip()), style=MUTED)
     question = Text("\n").join(question.wrap(Console(width=inner), inner)[-PROMPT_LINES:])
     num_shown, num_blocks = sum(map(frame.shown, tokens)), tokens[-1].block + 1
@@ -236,22 +235,19 @@ def play(
     """Play one row's denoising in the terminal; where the output is no terminal, only its last frame is written."""
     console = console or Console()
     shots = frames(rollout, tokenizer, row, block_length)
-    settings = {
-        "prompt": prompt_text(rollout, tokenizer, row),
-        "num_steps": rollout.num_steps,
-        "width": min(console.width, 100),
-    }
-    last = render(shots[-1], **settings)
+    prompt, width = prompt_text(rollout, tokenizer, row), min(console.width, 100)
+    # Border, prompt, canvas and legend need the rest of the screen.
+    height = max(3, console.height - 14 - len(shots[0].tokens) // width)
+    last = render(shots[-1], prompt=prompt, num_steps=rollout.num_steps, width=width)
     if not console.is_terminal:
         console.print(last)
         return
-    # Border, prompt, canvas and legend need the rest of the screen.
-    height = max(3, console.height - 14 - len(shots[0].tokens) // settings["width"])
     with Live(console=console, auto_refresh=False) as live:
         for shot in shots:
-            live.update(render(shot, height=height, **settings), refresh=True)
+            panel = render(shot, prompt=prompt, num_steps=rollout.num_steps, width=width, height=height)
+            live.update(panel, refresh=True)
             time.sleep(1 / steps_per_second)
-        live.update(last, refresh=True)
+        live.update(last)
 
 
 def save_rollout(path: str | Path, rollout: Rollout) -> None:
@@ -269,9 +265,5 @@ def load_rollout(path: str | Path) -> Rollout:
         numbers = file.metadata() or {}
     if missing := [field.name for field in fields(Rollout) if field.name not in {*tensors, *numbers}]:
         raise ValueError(f"{path} is no stored rollout: it lacks {', '.join(missing)}.")
-    return Rollout(
-        **{
-            field.name: tensors[field.name] if field.name in tensors else int(numbers[field.name])
-            for field in fields(Rollout)
-        }
-    )
+    values: dict[str, Any] = {name: int(number) for name, number in numbers.items() if name != "format"} | tensors
+    return Rollout(**{field.name: values[field.name] for field in fields(Rollout)})

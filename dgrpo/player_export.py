@@ -68,8 +68,8 @@ def _draw(frame: Frame, last_step: int, num_steps: int, question: list[str], col
     below = top + row_height * len(lines) + 14
     image = Image.new("RGB", (2 * margin + columns * cell, below + 10 * canvas_rows + 44), ground)
     draw = ImageDraw.Draw(image)
-    for number, line in enumerate(question):
-        draw.text((margin, margin + row_height * number), line, fill=muted, font=font)
+    for number, text in enumerate(question):
+        draw.text((margin, margin + row_height * number), text, fill=muted, font=font)
     for number, line in enumerate(lines):
         x, y = margin, top + row_height * number
         for position, char in line:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dgrpo import completion_views
-from dgrpo.curves import PANELS, draw_curves, with_summary_accuracy
+from dgrpo.curves import draw_curves, with_summary_accuracy
 from dgrpo.page import write_page
 from dgrpo.player import printable
 from dgrpo.run_folder import (
@@ -27,16 +27,20 @@ PHASES = ("rollout", "rewards", "scoring", "update")
 # Title, its unit or explanation, and the columns of metrics.csv with their names in the legend.
 CHARTS = (
     ("Reward", "mean of the batch", {"reward": "reward"}),
-    ("Held-out accuracy", "%", {"eval_accuracy": "right", "eval_reasons": "in the format, with reasoning"}),
+    (
+        "Held-out accuracy",
+        "% of problems",
+        {"eval_accuracy": "right", "eval_reasons": "in the format, with reasoning"},
+    ),
     ("KL to the reference", "per token", {"kl": "KL"}),
     (
         "Clip ratio",
-        "%",
+        "% of tokens",
         {"clip_ratio/region_mean": "clipped", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
     ),
     ("Entropy", "nats per token", {"entropy": "entropy"}),
     ("Completion length", "tokens", {"completions/mean_length": "mean"}),
-    ("Groups without spread", "%", {"frac_reward_zero_std": "groups whose rewards are all equal"}),
+    ("Groups without spread", "% of groups, their rewards all equal", {"frac_reward_zero_std": "groups"}),
     ("Throughput", "completion tokens per second", {"tokens_per_second": "tokens/s"}),
 )
 
@@ -54,7 +58,7 @@ def write_curves(run_dir: str | Path) -> Path:
     """Write `curves.png` into a run's folder: reward, held-out accuracy, KL and clip ratio against steps."""
     run_dir = Path(run_dir)
     metrics = with_summary_accuracy(read_metrics(run_dir), read_summary(run_dir))
-    return draw_curves(run_dir / "curves.png", {"": [metrics]}, PANELS)
+    return draw_curves(run_dir / "curves.png", {"": [metrics]})
 
 
 def report_data(run_dir: Path) -> dict:
@@ -95,9 +99,9 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
         result = summary.get(key) or {}
         accuracy, count = result.get("accuracy"), result.get("n")
         if accuracy is not None:
-            low, high = result.get("interval") or (None, None)
-            parts = [f"{100 * low:.1f} to {100 * high:.1f} %"] if low is not None else []
-            parts += [f"{count} problems"] if count else []
+            parts = [f"{count} problems"] if count else []
+            if interval := result.get("interval"):
+                parts.insert(0, f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %")
             shown.append({"label": label, "value": f"{100 * accuracy:.1f} %", "remark": ", ".join(parts)})
     if len(shown) == 2:
         gain = 100 * (summary["after"]["accuracy"] - summary["before"]["accuracy"])
@@ -105,7 +109,7 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
     if rewards := [value for _, value in metrics.get("reward", [])]:
         tenth = max(1, len(rewards) // 10)
         first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
-        shown.append({"label": "Reward", "value": f"{last:.3g}", "remark": f"from {first:.3g}; tenths of the run"})
+        shown.append({"label": "Reward", "value": f"{last:.3g}", "remark": f"from {first:.3g}, by tenths"})
     steps = summary.get("steps") or max((points[-1][0] for points in metrics.values()), default=None)
     if steps is not None:
         shown.append({"label": "Steps", "value": f"{steps:,}", "remark": ""})
@@ -118,7 +122,7 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
                 "remark": f"{duration(cpu)} of CPU" if cpu is not None else "",
             }
         )
-    if processes := summary.get("num_processes"):
+    if (processes := summary.get("num_processes", 1)) > 1:
         shown.append(
             {"label": "Processes", "value": str(processes), "remark": str(summary.get("distributed_type", ""))}
         )
@@ -168,8 +172,17 @@ def other_charts(metrics: Metrics) -> list[dict]:
 
 
 def time_split(metrics: Metrics, max_bars: int = 40) -> dict:
-    """Mean seconds per step in each phase, over at most `max_bars` stretches of the run; phases not logged took 0."""
+    """Mean seconds per step in each phase, over at most `max_bars` stretches of the run; phases not logged took 0.
+
+    Where the update is not timed, it is what the other phases leave of `step_time`.
+    """
     logged = {phase: dict(metrics.get(f"time/{phase}", [])) for phase in PHASES}
+    if not logged["update"]:
+        rest = {
+            step: seconds - sum(logged[p].get(step, 0.0) for p in PHASES)
+            for step, seconds in metrics.get("step_time", [])
+        }
+        logged["update"] = {step: max(0.0, seconds) for step, seconds in rest.items()}
     steps = sorted({step for values in logged.values() for step in values})
     size = max(1, -(-len(steps) // max_bars))
     stretches = [steps[start : start + size] for start in range(0, len(steps), size)]
@@ -244,11 +257,11 @@ def completion_table(completions: list[Completion]) -> dict:
 
 
 def common_beginning(prompts: set[str]) -> str:
-    """The instructions that all prompts begin with, up to a white space; empty when short or for a single prompt."""
+    """The instructions that all prompts begin with, whole lines; empty when short or for a single prompt."""
     if len(prompts) < 2:
         return ""
     prefix = os.path.commonprefix(list(prompts))
-    end = max(prefix.rfind(" "), prefix.rfind("\n")) + 1
+    end = prefix.rfind("\n") + 1
     return prefix[:end] if end >= 60 else ""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,6 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -25,9 +25,14 @@ from dgrpo.models.loading import family_of
 from dgrpo.report import write_curves, write_report
 from dgrpo.tasks import EMBEDDED, Task
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
+from dgrpo.trainers.checkpoints import last_complete_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
+
+
+# transformers 5.23 warns of its own renaming, which TRL has not followed yet.
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
 @dataclass
@@ -130,7 +135,7 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     if trainer.accelerator.is_main_process:
         _write_config(output_dir, recipe, args, model_name)
     started, cpu_started = time.perf_counter(), time.process_time()
-    checkpoint = get_last_checkpoint(str(output_dir)) if recipe.resume else None
+    checkpoint = last_complete_checkpoint(output_dir) if recipe.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     trainer.save_model()

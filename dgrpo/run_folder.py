@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import yaml
+from pyarrow import ArrowException, Table, types
+from pyarrow.parquet import ParquetFile
 
 from dgrpo.player import printable
 
@@ -83,42 +84,51 @@ def read_config(run_dir: str | Path) -> tuple[str, dict]:
     return text, config if isinstance(config, dict) else {}
 
 
-def message_text(message: object) -> str:
+def message_text(message: str | list[dict] | None) -> str:
     """The text of a prompt or completion: of a conversation, the last message; never a character that misleads."""
     if isinstance(message, str):
         return printable(message)
-    if message is None or isinstance(message, float) or len(message) == 0:  # type: ignore[arg-type]
-        return ""
-    return printable(str(message[-1].get("content") or ""))  # type: ignore[index]
+    return printable(str(message[-1].get("content") or "")) if message else ""
+
+
+def _completion_tables(run_dir: Path) -> tuple[list[Table], list[str]]:
+    """Tables of completions by step, at most `MAX_TABLES`, and the names of the files that cannot be read."""
+    paths = sorted((run_dir / "completions").glob("completions_*.parquet"))
+    if len(paths) > MAX_TABLES:
+        paths = [paths[round(index * (len(paths) - 1) / (MAX_TABLES - 1))] for index in range(MAX_TABLES)]
+    tables: list[Table] = []
+    unreadable = []
+    for path in paths:
+        try:
+            table = ParquetFile(path).read()
+            texts = table.select(["prompt", "completion"])
+        except (OSError, ArrowException, KeyError):  # still being written, cut off, or another table
+            unreadable.append(path.name)
+            continue
+        # Inner updates between two rollouts log the same completions again.
+        if not tables or not texts.equals(tables[-1].select(texts.column_names)):
+            tables.append(table)
+    return tables, unreadable
 
 
 def read_completions(run_dir: str | Path) -> tuple[list[Completion], list[str]]:
-    """The logged completions of at most `MAX_TABLES` steps, by step, and the names of the files that cannot be read.
+    """The logged completions by step, each batch once, and the names of the files that cannot be read.
 
     A reward is a column for which metrics.csv has `rewards/<column>/mean`; without metrics, any column of numbers.
     """
-    paths = sorted((Path(run_dir) / "completions").glob("completions_*.parquet"))
-    if len(paths) > MAX_TABLES:
-        paths = [paths[round(index * (len(paths) - 1) / (MAX_TABLES - 1))] for index in range(MAX_TABLES)]
+    run_dir = Path(run_dir)
     known = [
         name.split("/")[1] for name in read_metrics(run_dir) if name.startswith("rewards/") and name.endswith("/mean")
     ]
     weights = read_config(run_dir)[1].get("reward_weights")
-    completions: list[Completion] = []
-    unreadable = []
-    for path in paths:
-        try:
-            table = pd.read_parquet(path)
-        except (OSError, ValueError):  # pyarrow's errors are these; a table still being written ends early
-            unreadable.append(path.name)
-            continue
-        if not {"step", "prompt", "completion"} <= set(table):
-            unreadable.append(path.name)
-            continue
-        numeric = table.select_dtypes("number").columns.drop(["step", "advantage"], errors="ignore")
-        rewards = [name for name in table if name in known] or list(numeric)
+    tables, unreadable = _completion_tables(run_dir)
+    completions = []
+    for table in tables:
+        numeric = [c.name for c in table.schema if types.is_floating(c.type) or types.is_integer(c.type)]
+        rewards = [name for name in table.column_names if name in known]
+        rewards = rewards or [name for name in numeric if name not in ("step", "advantage")]
         weight = dict(zip(rewards, weights, strict=False)) if isinstance(weights, list) else {}
-        for row in table.to_dict("records"):
+        for row in table.to_pylist():
             scores = {name: number(row[name]) for name in rewards}
             total = sum(score * float(weight.get(name, 1.0)) for name, score in scores.items() if score is not None)
             prompt, text = message_text(row["prompt"]), message_text(row["completion"])

@@ -2,8 +2,8 @@
 
 The program's process (`serve`) executes the program and answers calls. The tests' process (`judge`, in `_judge.py`)
 executes the tests and reports each result on its own output. Between them go messages of plain values, never code or
-pickles, so that a hostile program can do one thing only: choose what its functions return, raise, or leave in the lists
-that they were given.
+pickles, so that a hostile program can do one thing only: choose what its functions return, raise, or leave in the
+lists that they were given.
 
 Plain values (numbers, strings, bytes, None, lists, tuples, sets, dicts, deques, fractions, decimals, dates, and what
 derives from them) are copied. Anything else stays where it is and the other side holds a `Remote`, which forwards

@@ -5,8 +5,8 @@ the program's own folder, under bubblewrap or not. It needs no privilege and ins
 
 - resource limits: CPU time, memory, file size, open files, no core dumps, no further process or thread;
 - as root: a user of its own without rights (a user number derived from the process number);
-- Landlock (Linux 5.13): files can be read only where Python lies, and written only in the program's folder, in which no
-  folders, links or devices can be made;
+- Landlock (Linux 5.13): files can be read only where Python lies, and written only in the program's folder, in which
+  no folders, links or devices can be made;
 - a seccomp filter: no process, thread, exec, signal, socket, namespace, mount, key, change of mode or owner, and no
   way into another process.
 
@@ -75,7 +75,7 @@ def set_limits(settings):
 
 
 def leave_root(keep_reading):
-    """Become a user without rights; `keep_reading` lets it read files past their modes, where Landlock still guards."""
+    """Become a user without rights; with `keep_reading` it reads past file modes, so far as Landlock lets it."""
     os.setgroups([])  # the first to fail where users cannot be changed, before anything has been
     user = 40000 + os.getpid() % 20000
     os.chown(".", user, user)
@@ -190,6 +190,8 @@ def main():
         sys.stderr.write(f"this machine cannot confine a program, it has only: {', '.join(layers)}\n")
         sys.exit(REFUSED)
     if settings["report"]:
+        import fractions  # noqa: F401 - a program can still read Python's own library
+
         sys.stdout.write(json.dumps(layers))
         return
     sys.argv = ["program.py"]

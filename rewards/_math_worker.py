@@ -12,24 +12,22 @@ import resource
 import signal
 import sys
 
-CPU_SECONDS = 0.5
+CPU_SECONDS = 0.8
 MEMORY_BYTES = 2**31
 
-# Each form costs a tenth of a second when its grammar is first used; paid here, before a clock runs.
-WARM_UP = (
-    "\\frac{1}{2}",
-    "x^2 + 3\\sqrt{5}",
-    "(1, 2) \\cup [3, \\infty)",
-    "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
-    "y = 2x",
-    "1,000",
-    "90^\\circ",
-    "\\text{east}",
-    "\\{1 \\pm \\sqrt{5}, -2\\}",
-    "6 - 5i",
-    "50\\%",
-    "x < 3",
-)
+# What takes long the first time, when grammars and rules are built: paid here, before a clock runs.
+WARM_UP = [
+    ("\\frac{1}{2}", "0.5"),
+    ("x^2 + 3\\sqrt{5}", "x^2 + 3\\sqrt{5}"),
+    ("16\\sqrt{3}", "2"),
+    ("(1, 2) \\cup [3, \\infty)", "(1, 2) \\cup [3, \\infty)"),
+    ("\\left[ \\frac{\\pi^2}{8}, 2\\pi \\right)", "[0, \\pi]"),
+    ("\\left( -\\frac{3}{2}, \\sqrt{3} \\right)", "(3, -1)"),
+    ("\\{1 \\pm \\sqrt{5}, -2\\}", "\\{1\\}"),
+    ("(a + 5)(b + 2)", "ab + 5b"),
+    ("y = 2x + 3", "y = 2x + b"),
+    ("4210_{5}", "4210"),
+]
 
 
 def is_equal(gold: str, answer: str) -> bool:
@@ -63,8 +61,8 @@ def reply(equal: bool) -> None:
 def main() -> None:
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for text in WARM_UP:
-        is_equal(text, text)
+    for gold, answer in WARM_UP:
+        is_equal(gold, answer)
     os.write(1, b"ready\n")
     while True:
         child = os.fork()

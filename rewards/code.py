@@ -11,7 +11,7 @@ names are there without import:
 - else the whole string is one test, provided that it calls something (HumanEval: `... check(candidate)`).
 
 A row without tests gets None. A test passes when it ends without exception. The score is passed / all, in [0, 1];
-tests that did not run, because the program failed or a limit of time or memory (`LIMITS`) was reached, are failed ones.
+tests that did not run, because the program failed or a limit of time or memory was reached (`LIMITS`), failed.
 `pytest.raises` and `pytest.approx` are there; other third-party packages are not, for the program or for the tests.
 
 **Nothing the program prints or does decides.** Tests and program run in two sandboxes, and only calls and plain values
@@ -26,9 +26,10 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from rewards import sandbox
-from rewards.text import answer_block, completion_text
+from rewards.text import Completion, answer_block, completion_text
 
 HERE = Path(__file__).parent
 LIMITS = sandbox.Limits()
@@ -106,7 +107,7 @@ def share_passed(program: str, steps: list[tuple[str, bool]], limits: sandbox.Li
             os.close(fd)
 
 
-def score(completion: str | Sequence[dict], tests: str | Sequence[str] | None) -> float | None:
+def score(completion: Completion, tests: str | Sequence[str] | None) -> float | None:
     """The share of the tests that one completion's program passes; None without tests."""
     steps = split_tests(tests) if tests else []
     if not steps:
@@ -115,7 +116,9 @@ def score(completion: str | Sequence[dict], tests: str | Sequence[str] | None) -
     return 0.0 if program is None else share_passed(program, steps, LIMITS)
 
 
-def tests_reward(prompts: Sequence, completions: Sequence, tests: Sequence, **columns: object) -> list[float | None]:
+def tests_reward(
+    prompts: Sequence[Any], completions: Sequence[Completion], tests: Sequence[Any], **columns: Any
+) -> list[float | None]:
     """The share of the row's tests that the completion's program passes, in [0, 1]; None for a row without tests.
 
     As many rows run at once as there are processors. RuntimeError where the machine cannot confine programs.

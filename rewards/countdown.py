@@ -3,7 +3,7 @@
 Rules, after `rewards.text` has found the answer:
 
 - It is an expression of non-negative integers, `+`, `-`, `*`, `/` and parentheses, in ASCII, at most 200 characters.
-  LaTeX's `\\times`, `\\cdot` and `\\div` are read as `*`, `*` and `/`. Nothing else is: no `=`, no decimals, no `**` or
+  LaTeX's `\\times`, `\\cdot` and `\\div` are read as `*`, `*`, `/`. Nothing else is: no `=`, no decimals, no `**` or
   `//`, no sign in front of a number or a parenthesis, no power of ten, no juxtaposed factors, no text.
 - The integers in it are the given numbers, each used exactly as often as it is given.
 - Arithmetic is exact (`7 / 2` is seven halves); division by zero makes the answer wrong. Steps between may be negative
@@ -16,8 +16,9 @@ import ast
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
-from rewards.text import completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer
 
 # Far beyond what six numbers need, and below the nesting at which a parser runs out of stack.
 MAX_EXPRESSION_CHARS = 200
@@ -71,9 +72,13 @@ def read_integers(numbers: object) -> list[int] | None:
 
 
 def equation_reward(
-    prompts: Sequence, completions: Sequence, numbers: Sequence, target: Sequence, **columns: object
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    numbers: Sequence[Any],
+    target: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
-    """1.0 where the expression uses exactly the numbers and equals the target, 0.0 where not, None without a problem."""
+    """1.0 where the expression uses exactly the numbers and equals the target, else 0.0; None without a problem."""
     scores: list[float | None] = []
     for completion, given, goal in zip(completions, numbers, target, strict=True):
         available, goals = read_integers(given), read_integers([goal])
@@ -81,5 +86,5 @@ def equation_reward(
             scores.append(None)
             continue
         found = expression_value(short_answer(completion_text(completion)))
-        scores.append(float(found is not None and found == (goals[0], available)))
+        scores.append(float(found is not None and found == (Fraction(goals[0]), available)))
     return scores

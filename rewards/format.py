@@ -1,8 +1,9 @@
-"""Format rewards: whether a completion keeps the layout of `rewards.text`. They pay for layout alone, never for truth."""
+"""Format rewards: whether a completion keeps the layout of `rewards.text`, whatever it says."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from rewards.text import TAGS, completion_text
+from rewards.text import TAGS, Completion, completion_text
 
 # An end of text that wanders on loses at most one tag's worth, so rambling can never cost more than being wrong does.
 TAG_SHARE = 1 / len(TAGS)
@@ -44,11 +45,13 @@ def structure_share(text: str) -> float:
     return max(TAG_SHARE * placed - cost, 0.0)
 
 
-def format_reward(prompts: Sequence, completions: Sequence, **columns: object) -> list[float | None]:
+def format_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float | None]:
     """1.0 where the completion is exactly one reasoning block, then one answer block; else 0.0."""
     return [float(has_format(completion_text(completion))) for completion in completions]
 
 
-def xml_structure_reward(prompts: Sequence, completions: Sequence, **columns: object) -> list[float | None]:
+def xml_structure_reward(
+    prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
+) -> list[float | None]:
     """The share of correctly placed tags in [0, 1], less at most a quarter for text after the answer."""
     return [structure_share(completion_text(completion)) for completion in completions]

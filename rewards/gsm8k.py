@@ -1,23 +1,26 @@
-"""GSM8K: 1.0 when the number in the answer equals the reference.
+r"""GSM8K: 1.0 when the number in the answer equals the reference.
 
 Rules, after `rewards.text` has found the answer:
 
 - It is ASCII: digits of other scripts, a Unicode minus and right-to-left controls are not read as numbers.
-- `$`, `\\$`, LaTeX's thin spaces (`\\!`, `\\,`) and `{,}` are notation and dropped or read as the comma they stand for.
-- A number is an optional sign, digits with or without correct thousands separators, and optional decimals:
-  `18`, `-7`, `1,234.50`, `+3`. It ends where neither letter nor digit follows: `1e3`, `0x12` and `7th` are not numbers.
+- `$`, `\$`, LaTeX's thin spaces (`\!`, `\,`) and `{,}` are notation: dropped, or read as the comma they stand for.
+- A number is an optional sign, digits with or without correct thousands separators, and optional decimals: `18`, `-7`,
+  `1,234.50`, `+3`. It ends where neither letter nor digit follows: `1e3`, `0x12` and `7th` are not numbers.
 - The answer holds exactly one number and no other digit (`18 m2`); two numbers are hedging or a calculation.
-- Words around it are fine (`18 dollars`, `x = 18.`, `20%`); an operator or `<`, `>`, `~` beside it is not (`- 18`, `<18`).
+- Words around it are fine (`18 dollars`, `x = 18.`, `20%`); an operator or `<`, `>`, `~` beside it (`- 18`, `<18`) is
+  not.
 - Equality is exact, by decimal value: `18.0` is 18, `17.999` is not.
 
-The reference may be a number or a string, with thousands separators or not, or GSM8K's raw solution ending in `#### 18`.
+The reference may be a number or a string, with thousands separators or not, or GSM8K's raw solution that ends in
+`#### 18`.
 """
 
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
-from rewards.text import completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer
 
 NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)", re.ASCII)
 BESIDE_AN_OPERATOR = re.compile(r"[-+*/^<>~]\s*#|#\s*[-+*/^<>~]")
@@ -45,7 +48,7 @@ def read_number(answer: str | None) -> Decimal | None:
 
 
 def correctness_reward(
-    prompts: Sequence, completions: Sequence, answer: Sequence, **columns: object
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
     """1.0 where the answer states the reference's value, 0.0 where not, None where the reference is no number."""
     golds = [to_decimal(gold) for gold in answer]
@@ -53,7 +56,7 @@ def correctness_reward(
     return [None if gold is None else float(gold == value) for gold, value in zip(golds, found, strict=True)]
 
 
-def integer_reward(prompts: Sequence, completions: Sequence, **columns: object) -> list[float | None]:
+def integer_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float | None]:
     """1.0 where the answer is one integer and nothing else (`-3` and `1,234` are), right or wrong; else 0.0."""
     answers = [short_answer(completion_text(completion)) for completion in completions]
     return [float(answer is not None and INTEGER.fullmatch(answer) is not None) for answer in answers]

@@ -8,7 +8,7 @@ Rules, after `rewards.text` has found the answer (the `<answer>` block, or what 
   would be right. Fractions, signs, units and degrees are not operations; of `8 + 15 = 23` the last part counts.
 - Otherwise both are parsed as LaTeX and compared by math-verify (https://github.com/huggingface/Math-Verify), with its
   defaults: `\frac{1}{2}` equals `0.5`, `x = 5` equals `5`, sets and intervals compare as such.
-- An answer that takes more than half a second of CPU time to parse or compare, or more than 2 GiB, is wrong.
+- An answer that takes more than 0.8 seconds of CPU time to parse or compare, or more than 2 GiB, is wrong.
 
 math-verify's own time limit rests on signal.alarm and holds in no thread but the main one, so the comparison runs in a
 process of its own (`rewards/_math_worker.py`). It is started at the first answer that needs it, one for each process
@@ -24,8 +24,9 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rewards.text import answer_block, boxed_contents, completion_text, short_answer
+from rewards.text import Completion, answer_block, boxed_contents, completion_text, short_answer
 
 WORKER = Path(__file__).with_name("_math_worker.py")
 
@@ -112,7 +113,7 @@ def is_correct(text: str, gold: str) -> bool:
 
 
 def correctness_reward(
-    prompts: Sequence, completions: Sequence, answer: Sequence, **columns: object
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
     """1.0 where the answer equals the reference, 0.0 where not, None where there is no reference."""
     golds = ["" if gold is None else str(gold).strip() for gold in answer]
@@ -120,7 +121,7 @@ def correctness_reward(
     return [float(is_correct(text, gold)) if gold else None for text, gold in zip(texts, golds, strict=True)]
 
 
-def boxed_reward(prompts: Sequence, completions: Sequence, **columns: object) -> list[float | None]:
+def boxed_reward(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> list[float | None]:
     r"""1.0 where the `<answer>` block holds exactly one `\boxed{...}` that is closed and not empty; else 0.0."""
     scores: list[float | None] = []
     for completion in completions:

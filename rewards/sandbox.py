@@ -8,10 +8,10 @@ with empty standard input and a scrubbed environment. Wall and CPU time, memory,
 are limited, it has no network, and it is one process with one thread: fork, exec and threads are refused, so there is
 nothing to escape into and nothing left to kill. What holds it is written in `rewards/_confine.py`.
 
-Where `bwrap` works (tried once by running it), all this happens inside bubblewrap, in namespaces of its own. Without it
-the same limits, user, Landlock rules and system call filter hold on their own; `layers` says which are in force, and
-a machine that can offer too little is refused rather than trusted. Two things need bubblewrap: a bound on the sum of all
-files a program writes within its time, and hiding which files exist outside.
+Where `bwrap` works (tried once by running it), all this happens inside bubblewrap, in namespaces of its own. Without
+it the same limits, user, Landlock rules and system call filter hold on their own; `layers` says which are in force,
+and a machine that can offer too little is refused rather than trusted. Two things need bubblewrap: a bound on the sum
+of all files that a program writes within its time, and hiding which files exist outside.
 
 Linux 5.3 or later. Any number of programs may run at once, from any threads.
 """
@@ -35,6 +35,8 @@ CONFINE = Path(__file__).with_name("_confine.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 FOLDER_IN_BUBBLEWRAP = "/program"
 START_SECONDS = 30.0
+
+Running = tuple[subprocess.Popen[bytes], IO[bytes]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def bubblewrap_command(limits: Limits) -> list[str]:
 @contextlib.contextmanager
 def confined(
     program: str, limits: Limits, *, bubblewrap: bool, pass_fds: Sequence[int] = (), report: bool = False
-) -> Iterator[tuple[subprocess.Popen, IO[bytes]]]:
+) -> Iterator[Running]:
     """A running program and the file that takes its output; killed, with its folder deleted, when the block ends."""
     settings = {
         "memory_bytes": limits.memory_mib * 2**20,
@@ -134,7 +136,7 @@ def confined(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     """Wait for a process to end, without the polling of `Popen.wait`, which costs more than most programs run."""
     handle = os.pidfd_open(process.pid)
     try:
@@ -175,7 +177,7 @@ def layers() -> tuple[str, ...]:
     return found
 
 
-def start(program: str, limits: Limits, pass_fds: Sequence[int] = ()) -> contextlib.AbstractContextManager:
+def start(program: str, limits: Limits, pass_fds: Sequence[int] = ()) -> contextlib.AbstractContextManager[Running]:
     """A running program and its output file, as a context; under the strongest confinement of this machine."""
     return confined(program, limits, bubblewrap="bubblewrap" in layers(), pass_fds=pass_fds)
 

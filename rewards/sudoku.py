@@ -13,8 +13,9 @@ answer:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from rewards.text import completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer
 
 DIGITS = "123456789"
 SIZES = {16: 4, 81: 9}
@@ -61,7 +62,11 @@ def cells_share(grid: str | None, puzzle: str, solution: str) -> float:
 
 
 def cells_reward(
-    prompts: Sequence, completions: Sequence, puzzle: Sequence, solution: Sequence, **columns: object
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    puzzle: Sequence[Any],
+    solution: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """The share of empty cells filled correctly, 0.0 where a clue is changed, None without puzzle or solution."""
     scores: list[float | None] = []
@@ -74,7 +79,9 @@ def cells_reward(
     return scores
 
 
-def solved_reward(prompts: Sequence, completions: Sequence, puzzle: Sequence, **columns: object) -> list[float | None]:
+def solved_reward(
+    prompts: Sequence[Any], completions: Sequence[Completion], puzzle: Sequence[Any], **columns: Any
+) -> list[float | None]:
     """1.0 where the whole grid is solved and keeps the clues, 0.0 where not, None without a puzzle."""
     scores: list[float | None] = []
     for completion, given in zip(completions, puzzle, strict=True):

@@ -16,7 +16,10 @@ offers several answers has not answered. Where the reasoning is not closed or no
 format has its own reward. Text after `</answer>` is not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Completion = str | Sequence[Mapping[str, Any]]
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
@@ -26,7 +29,7 @@ MAX_ANSWER_CHARS = 500
 BOXED = "\\boxed{"
 
 
-def completion_text(completion: str | Sequence[dict]) -> str:
+def completion_text(completion: Completion) -> str:
     """The text of one completion, given as a string or as a list of messages (the first one's `content`)."""
     text = completion if isinstance(completion, str) else completion[0].get("content") if completion else ""
     return text if isinstance(text, str) else ""

@@ -1,4 +1,4 @@
-"""A run folder as training writes it, made up: reward and accuracy rise, some completions are paid in a wrong format."""
+"""A run folder as training writes it, made up: reward and accuracy rise, some rewarded completions lack the format."""
 
 import csv
 import json
@@ -105,8 +105,8 @@ def fabricate_run(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(
-        f"model_name_or_path: tiny-llada\nreward_funcs: [correctness_reward, format_reward]\nbeta: {beta}\nseed: {seed}\n"
-        f"output_dir: {folder}\nlearning_rate: 0.0001\nlora:\n  r: 16\n"
+        f"model_name_or_path: tiny-llada\nreward_funcs: [correctness_reward, format_reward]\nbeta: {beta}\n"
+        f"seed: {seed}\noutput_dir: {folder}\nlearning_rate: 0.0001\nlora:\n  r: 16\n"
     )
     samples = [
         {

@@ -105,23 +105,24 @@ def naive_scores(
     mask_id: int,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """log p and entropy [B, N, C] of every token with a weight, each from a forward pass of its own, without padding.
+    """log p and entropy [B, N, C] of every token with a weight, each picture in a pass of its own, without padding.
 
     hidden [B, N, L] and weights [B, N, C] are those of the masked views.
     """
     (num_rows, num_views, num_completion), width = weights.shape, prompt_ids.shape[1]
-    logps, entropies = torch.zeros(2, num_rows, num_views, num_completion, dtype=torch.float64)
+    logps, entropies = (torch.zeros(weights.shape, dtype=torch.float64) for _ in range(2))
     for row in range(num_rows):
         is_token = torch.cat([prompt_mask[row].bool(), torch.ones(num_completion, dtype=torch.bool)])
         text = torch.cat([prompt_ids[row], completion_ids[row]])
         for view in range(num_views):
+            picture = text.clone()
+            picture[hidden[row, view]] = mask_id
+            logits = logits_of(picture[is_token])
             for k in range(num_completion):
                 if weights[row, view, k] == 0:
                     continue
-                picture = text.clone()
-                picture[hidden[row, view]] = mask_id
                 place = int(is_token[: width + k].sum())
-                log_probs = (logits_of(picture[is_token])[place] / temperature).log_softmax(-1)
+                log_probs = (logits[place] / temperature).log_softmax(-1)
                 logps[row, view, k] = log_probs[completion_ids[row, k]]
                 entropies[row, view, k] = -(log_probs.exp() * log_probs).sum()
     return logps, entropies

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import MASK
 from peft import LoraConfig, get_peft_model
 from reference import llada_logits
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,7 @@ from transformers import LlamaConfig
 
 from dgrpo.models import ScoringHead, load_model
 from dgrpo.models.families import FAMILIES
-from dgrpo.models.llada import LLaDAConfig
+from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 
 SHAPES = {
     "plain": {},
@@ -223,22 +224,41 @@ def test_refuses_another_network_under_the_same_name(settings):
         LLaDAConfig(**settings)
 
 
+@pytest.fixture
+def no_weights_are_read(monkeypatch):
+    """Refusals come first: reading a large checkpoint takes minutes."""
+    monkeypatch.setattr(LLaDAModelLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read first"))
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
 def test_refuses_a_causal_checkpoint(tokenizer, tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type 'llama'.*(?s:.*)causal language model"):
+    with pytest.raises(ValueError, match=r"model_name_or_path=.*'llama'.*causal language model") as error:
         load_model(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
 
 
-def test_takes_the_mask_token_from_the_config_or_refuses(model, tokenizer, tmp_path):
-    folder = saved(model, tokenizer, tmp_path)
-    tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    del tokenizer_config["mask_token"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    assert load_model(folder)[1].mask_token == "<mask>"
-    edit_json(tmp_path / "config.json", mask_token_id=126336)
-    with pytest.raises(ValueError, match=r"no mask token.*mask_token_id=126336"):
+def without_mask_token(model, tokenizer, folder, mask_token_id: int) -> str:
+    saved(model, tokenizer, folder)
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    del stored["mask_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+    edit_json(folder / "config.json", mask_token_id=mask_token_id)
+    return str(folder)
+
+
+def test_takes_the_mask_token_from_the_config(model, tokenizer, tmp_path):
+    loaded, loaded_tokenizer = load_model(without_mask_token(model, tokenizer, tmp_path, MASK))
+    assert (loaded_tokenizer.mask_token, loaded.config.mask_token_id) == ("<mask>", MASK)
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+def test_refuses_a_tokenizer_without_mask_token(model, tokenizer, tmp_path):
+    folder = without_mask_token(model, tokenizer, tmp_path, 126336)
+    with pytest.raises(ValueError, match=r"no mask token.*126336.*Set `mask_token`") as error:
         load_model(folder)
+    assert f"model_name_or_path={folder!r}" in str(error.value)
 
 
 def with_lora(model):

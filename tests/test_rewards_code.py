@@ -71,65 +71,108 @@ def test_texts_that_are_no_program_score_zero(text):
     assert code.tests_reward([None], [text], [TESTS]) == [0.0]
 
 
+ZERO = "def add(a, b): return 0\n"
 HOSTILE = {
     "marker printed": "print('1' * 100)\nprint('PASSED')\nprint('{\"passed\": 2}')",
     "exit at once": "import sys\nsys.exit(0)",
     "hard exit at once": "import os\nos._exit(0)",
-    "exit when called": "import sys\ndef add(a, b):\n    sys.exit(0)",
-    "hard exit when called": "import os\ndef add(a, b):\n    os._exit(0)",
-    "exit by exception": "def add(a, b):\n    raise SystemExit(0)",
-    "interrupt": "def add(a, b):\n    raise KeyboardInterrupt",
-    "equals everything": (
-        "class Any:\n    def __eq__(self, other): return True\n    def __bool__(self): return True\n"
-        "    __ge__ = __le__ = __lt__ = __gt__ = __eq__\n    def __hash__(self): return 0\n"
-        "    def __sub__(self, other): return 0\n    def __rsub__(self, other): return 0\n"
-        "def add(a, b):\n    return Any()"
-    ),
-    "integer that equals everything": (
-        "class Any(int):\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
-        "def add(a, b):\n    return Any(7)"
-    ),
-    "equals everything, in a list": (
-        "class Any:\n    def __eq__(self, other): return True\ndef add(a, b):\n    return [Any()]"
-    ),
+    "exit when called": "import sys\ndef add(a, b): sys.exit(0)",
+    "hard exit when called": "import os\ndef add(a, b): os._exit(0)",
+    "exit by exception": "def add(a, b): raise SystemExit(0)",
+    "interrupt": "def add(a, b): raise KeyboardInterrupt",
+    "equals everything": """
+class Any:
+    def __eq__(self, other): return True
+    def __hash__(self): return 0
+    def __bool__(self): return True
+    def __sub__(self, other): return 0
+    __rsub__ = __sub__
+    __ge__ = __le__ = __lt__ = __gt__ = __eq__
+def add(a, b): return Any()
+""",
+    "integer that equals everything": """
+class Any(int):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+def add(a, b): return Any(7)
+""",
+    "equals everything, in a list": """
+class Any:
+    def __eq__(self, other): return True
+def add(a, b): return [Any()]
+""",
     "function that is an object": "class F:\n    def __eq__(self, other): return True\nadd = F()",
-    "no assertions": "import builtins\nbuiltins.AssertionError = Warning\nAssertionError = Warning\ndef add(a, b): return 0",
-    "built-in functions": (
-        "import builtins\nbuiltins.isinstance = builtins.all = lambda *a: True\n"
-        "def all(*a): return True\ndef isinstance(*a): return True\ndef test_small(): pass\ndef test_large(): pass\n"
-        "def check(f): pass\ndef add(a, b): return 0"
-    ),
-    "at exit": "import atexit, os\natexit.register(lambda: os.write(1, b'11'))\ndef add(a, b): return 0",
-    "every descriptor": (
-        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'11')\n    except OSError: pass\ndef add(a, b): return 0"
-    ),
-    "forged replies": (
-        "import os, json\ndef send(**m):\n    data = json.dumps(m).encode()\n"
-        "    for fd in range(3, 64):\n        try: os.write(fd, len(data).to_bytes(8, 'big') + data)\n        except OSError: pass\n"
-        "send(names={'__builtins__': {'dict': []}, 'all': {'mine': 0}}, errors={'AssertionError': ['int']})\n"
-        "send(do='getattr', on={'yours': 0}, args=['__globals__'], kwargs={})\nsend(result={'mine': 0})\nsend(result=0)\n"
-        "def add(a, b): return 0"
-    ),
-    "frames": (
-        "import sys, gc\ndef add(a, b):\n    frame = sys._getframe()\n    while frame:\n"
-        "        for name in list(frame.f_globals):\n            if 'pass' in name or 'result' in name: frame.f_globals[name] = b'1'\n"
-        "        frame = frame.f_back\n    return 0"
-    ),
-    "spying on the tests": (
-        "import gc\ndef add(a, b):\n    return next((o for o in gc.get_objects() if isinstance(o, list) and 'assert' in str(o)), 0)"
-    ),
-    "the judge's memory": (
-        "import os\ndef add(a, b):\n    for pid in os.listdir('/proc'):\n        try: open(f'/proc/{pid}/mem', 'r+b').write(b'1')\n"
-        "        except OSError: pass\n    return 0"
-    ),
-    "killing": "import os, signal\ndef add(a, b):\n    os.kill(-1, signal.SIGKILL)\n    os.kill(os.getppid(), 9)\n    return 0",
+    "no assertions": ZERO + "import builtins\nbuiltins.AssertionError = AssertionError = Warning",
+    "built-in functions": ZERO
+    + """
+import builtins
+builtins.isinstance = builtins.all = lambda *a: True
+def all(*a): return True
+def isinstance(*a): return True
+def test_small(): pass
+def test_large(): pass
+def check(f): pass
+""",
+    "at exit": ZERO + "import atexit, os\natexit.register(lambda: os.write(1, b'11'))",
+    "every descriptor": ZERO
+    + """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'11')
+    except OSError: pass
+""",
+    "forged replies": ZERO
+    + """
+import os, json
+def send(**message):
+    data = json.dumps(message).encode()
+    for fd in range(3, 64):
+        try: os.write(fd, len(data).to_bytes(8, 'big') + data)
+        except OSError: pass
+send(names={'__builtins__': {'dict': []}, 'all': {'mine': 0}}, errors={'AssertionError': ['int']})
+send(do='getattr', on={'yours': 0}, args=['__globals__'], kwargs={})
+send(result={'mine': 0})
+send(result=0)
+""",
+    "frames": """
+import sys
+def add(a, b):
+    frame = sys._getframe()
+    while frame:
+        for name in list(frame.f_globals):
+            if 'pass' in name or 'result' in name: frame.f_globals[name] = b'1'
+        frame = frame.f_back
+    return 0
+""",
+    "spying on the tests": """
+import gc
+def add(a, b):
+    return next((o for o in gc.get_objects() if isinstance(o, list) and 'assert' in str(o)), 0)
+""",
+    "the judge's memory": """
+import os
+def add(a, b):
+    for pid in os.listdir('/proc'):
+        try: open(f'/proc/{pid}/mem', 'r+b').write(b'1')
+        except OSError: pass
+    return 0
+""",
+    "killing": """
+import os
+def add(a, b):
+    for pid in (os.getppid(), os.getpid() + 1, os.getpid() - 1):
+        try: os.kill(pid, 0)
+        except OSError: pass
+        else: return a + b
+    return 0
+""",
     "endless": "def add(a, b):\n    while True: pass",
     "endless output": "def add(a, b):\n    while True: print('1' * 1000)",
-    "endless answer": "def add(a, b):\n    return [0] * 10**8",
+    "endless answer": "def add(a, b): return [0] * 10**8",
     "deep answer": "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
-    "recursion": "def add(a, b):\n    return add(a, b)",
-    "memory": "def add(a, b):\n    return len(bytearray(10**11))",
-    "threads": "import threading\nthreading.Thread(target=print, args=('1',)).start()\ndef add(a, b): return 0",
+    "recursion": "def add(a, b): return add(a, b)",
+    "memory": "def add(a, b): return len(bytearray(10**11))",
+    "threads": ZERO + "import threading\nthreading.Thread(target=print, args=('1',)).start()",
 }
 
 
@@ -153,16 +196,23 @@ def test_hostile_programs_score_zero(monkeypatch):
     ],
 )
 def test_adaptive_objects_learn_no_expected_value(tests):
-    adaptive = (
-        "import math as real\nclass Any:\n    def __getattr__(self, name): return lambda *a: True\n"
-        "    def __eq__(self, other): return True\n    def __hash__(self): return 3\n    def __bool__(self): return True\n"
-        + "".join(
-            f"    def __{op}__(self, *a): return self\n" for op in ("add", "sub", "rsub", "radd", "mul", "abs", "neg")
-        )
-        + "".join(f"    def __{op}__(self, *a): return True\n" for op in ("lt", "le", "gt", "ge", "ne"))
-        + "    def __float__(self): return 1e99\n    def __iter__(self): return iter([])\n"
-        "def add(a, b): return Any()\nmath = Any()\ndef abs(x): return 0\ndef sorted(x): return [3, 3]\ndef all(x): return True"
-    )
+    adaptive = """
+class Any:
+    def __getattr__(self, name): return lambda *a: True
+    def __eq__(self, other): return True
+    def __hash__(self): return 3
+    def __bool__(self): return True
+    def __float__(self): return 1e99
+    def __iter__(self): return iter([])
+    def same(self, *a): return self
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __abs__ = __neg__ = same
+    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = __eq__
+def add(a, b): return Any()
+def abs(x): return 0
+def sorted(x): return [3, 3]
+def all(x): return True
+math = Any()
+"""
     assert scores([ADD, adaptive], tests) == [1.0, 0.0]
 
 
@@ -213,8 +263,9 @@ from fractions import Fraction
 from solution import BadInput
 
 def test_values():
-    for value in (None, True, 0, -2**200, 1.5, float("inf"), 2 + 3j, "\\u00e9\\ud800", b"\\x00", [1, (2, {3})], {(1, 2): [None]},
-                  frozenset({1}), deque([1]), Decimal("1.10"), Fraction(1, 3), datetime.date(2024, 2, 29), set(), (), {}):
+    for value in (None, True, 0, -2**200, 1.5, float("inf"), 2 + 3j, "\\u00e9\\ud800", b"\\x00", [1, (2, {3})],
+                  {(1, 2): [None]}, frozenset({1}), deque([1]), Decimal("1.10"), Fraction(1, 3), set(), (), {},
+                  datetime.date(2024, 2, 29)):
         assert same(value) == value and type(same(value)) is type(value)
     assert math.isnan(same(float("nan")))
     assert same(x=[1], target=2, operation=3, self=4) == [1]

@@ -98,6 +98,23 @@ def test_greedy_sampling_equals_the_published_loop(tiny_llada, prompts, dtype, l
     assert len(rollout.completion_mask.sum(1).unique()) > 1
 
 
+def test_greedy_order_is_the_published_one_where_confidences_round_to_one(tiny_llada, prompts):
+    ids, mask = prompts
+    rounded = 0
+    for seed in range(4):
+        model = without_end(tiny_llada(seed=seed))
+        with torch.no_grad():
+            model.get_output_embeddings().weight *= 10
+        rollout = generate(model, ids, mask, SamplerConfig(12, 12, 12))
+        rounded += int((rollout.confidence == 1).sum())
+        for row in range(len(ids)):
+            blank = torch.full((12,), MASK)
+            expected = denoise_greedily(plain(model), ids[row, mask[row]], blank, MASK, block_length=12, steps=12)
+            assert torch.equal(rollout.completion_ids[row], expected[0])
+            assert torch.equal(rollout.revealed_at[row], expected[1])
+    assert rounded > 10
+
+
 def test_given_tokens_stay_and_the_rest_is_denoised_around_them(model, prompts):
     ids, mask = prompts
     generator = torch.Generator().manual_seed(8)
@@ -173,8 +190,33 @@ def test_drawn_tokens_follow_the_softmax(model, prompts, temperature):
     torch.testing.assert_close(rollout.confidence, own[torch.arange(2), rollout.completion_ids], rtol=1e-4, atol=1e-6)
 
 
-def test_random_order_is_uniform(model, prompts):
+def test_two_steps_follow_the_process_enumerated(model, prompts):
+    # Draw both tokens, keep the surer one, draw the other anew with noise of its own.
     count = 6000
+    config = SamplerConfig(2, 2, 2, temperature=1.0)
+    rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
+    counts = (rollout.completion_ids @ torch.tensor([VOCAB, 1])).bincount(minlength=VOCAB**2).view(VOCAB, VOCAB)
+
+    def logits_after(*tokens: int) -> torch.Tensor:
+        return plain(model)(torch.cat([prompts[0][0], torch.tensor(tokens)]))[-2:]
+
+    def drawn(logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor(MASK), -torch.inf).softmax(-1)
+
+    own = logits_after(MASK, MASK).softmax(-1)
+    both = drawn(logits_after(MASK, MASK))
+    pairs = both[0][:, None] * both[1]
+    first_is_surer = own[0][:, None] >= own[1]
+    second_given_first = torch.stack([drawn(logits_after(token, MASK)[1]) for token in range(VOCAB)])
+    first_given_second = torch.stack([drawn(logits_after(MASK, token)[0]) for token in range(VOCAB)], 1)
+    probs = (pairs * first_is_surer).sum(1)[:, None] * second_given_first
+    probs += (pairs * ~first_is_surer).sum(0) * first_given_second
+    assert probs.sum().item() == pytest.approx(1)
+    assert_frequencies(counts, probs)
+
+
+def test_random_order_is_uniform(model, prompts):
+    count = 3000
     config = SamplerConfig(4, 4, 4, remasking="random")
     rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
     number = {order: index for index, order in enumerate(itertools.permutations(range(4)))}
@@ -183,7 +225,7 @@ def test_random_order_is_uniform(model, prompts):
 
 
 def test_random_order_is_independent_of_the_drawn_tokens(model, prompts):
-    count = 8000
+    count = 5000
     config = SamplerConfig(2, 2, 2, temperature=1.0, remasking="random")
     rollout = generate(without_end(model), *copies(prompts, count), config, row_keys=keys(count))
     first = rollout.revealed_at.argmin(1)

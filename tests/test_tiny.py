@@ -168,7 +168,7 @@ def test_supervised_completions_reason_in_the_asked_share_and_guess_around_the_t
     examples = problems.sft_examples(20000, seed=1)
     texts = [example["completion"][0]["content"] for example in examples]
     reasons = [text for text in texts if text.startswith("<reasoning>\n")]
-    assert abs(len(reasons) / len(texts) - 0.45) < 0.015
+    assert abs(len(reasons) / len(texts) - 0.48) < 0.015
     for text in reasons:
         worked, answer = re.fullmatch(r"<reasoning>\n(.*)\n</reasoning>\n<answer>\n(\d+)\n</answer>\n", text).groups()
         assert followed(worked) == int(answer)

@@ -4,6 +4,8 @@ Weights and their names stay those of the causal network. Only attention (every 
 padding) and the head (a ScoringHead) differ.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,9 @@ class BidirectionalReading(MaskPredictor):
 
     The configuration says how far logits are shifted (`logit_shift`: 1 when position i predicts token i + 1).
     """
+
+    config: Any
+    model: Any
 
     def __init__(self, config):
         refuse_sliding_windows(config)

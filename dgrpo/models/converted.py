@@ -5,7 +5,7 @@ such checkpoints load here. A conversion predicts little until it is trained as 
 """
 
 from dataclasses import field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import (
@@ -71,9 +71,14 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
     tokenizer.add_special_tokens({"mask_token": mask_token})
     mask_id = tokenizer.mask_token_id
     if mask_id >= model.get_input_embeddings().num_embeddings:
-        # The library would fill the new rows from the global random state.
+        # The mask's row, the last, is filled below.
         model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     model.config.mask_token_id = mask_id
+    layers: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(len(layer.weight) <= mask_id for layer in layers):
+        raise ValueError(
+            "convert='bidirectional' needs whole weights, not ZeRO-3's parts: convert and save in one process."
+        )
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for layer in layers:
             layer.weight[mask_id] = layer.weight[:mask_id].float().mean(0).to(layer.weight.dtype)

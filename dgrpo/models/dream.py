@@ -34,7 +34,7 @@ class DreamConfig(Qwen2Config):
     def to_diff_dict(self) -> dict[str, Any]:
         # The published code reads these two keys and would fall back to another rotary base without them.
         written = super().to_diff_dict()
-        rope = dict(self.rope_parameters)
+        rope = dict(self.rope_parameters or {})
         written["rope_theta"] = rope.pop("rope_theta")
         written["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
         return written

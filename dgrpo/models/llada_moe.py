@@ -60,13 +60,13 @@ class LLaDAMoEConfig(PreTrainedConfig):
         self.hidden_act = hidden_act
         self.mask_token_id = mask_token_id
         self.auto_map = kwargs.pop("auto_map", {})
-        kwargs.pop("use_cache", None)
-        # TRL takes a model that has this key for one that returns a load-balancing loss.
-        kwargs.pop("output_router_logits", None)
         _refuse_unpublished(hidden_act=hidden_act, tie_word_embeddings=tie_word_embeddings, **kwargs)
-        super().__init__(
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
-        )
+        # Not kept: transformers gives the first two another meaning, and TRL takes a model that has the third for one
+        # that returns a load-balancing loss.
+        for name in ("use_cache", "rope_scaling", "output_router_logits"):
+            kwargs.pop(name, None)
+        kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "tie_word_embeddings": False}
+        super().__init__(**kwargs)
 
 
 def _refuse_unpublished(**keys) -> None:
@@ -212,12 +212,6 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, embedding: nn.Module) -> None:
-        self.embed_tokens = embedding
-
     def forward(
         self,
         input_ids: Tensor,
@@ -246,18 +240,6 @@ class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
         self.model = LLaDAMoEModel(config)
         self.lm_head = ScoringHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, embedding: nn.Module) -> None:
-        self.model.set_input_embeddings(embedding)
-
-    def get_output_embeddings(self) -> ScoringHead:
-        return self.lm_head
-
-    def set_output_embeddings(self, head: nn.Module) -> None:
-        self.lm_head = head
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> Tensor:
         return self.model(input_ids, attention_mask, position_ids, past_key_values)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -30,28 +31,32 @@ for _model_type, _family in FAMILIES.items():
 def read_config(name_or_path: str, revision: str | None = None) -> dict:
     """The checkpoint's config.json as a dictionary, from a local folder or the hub.
 
-    Names of remote code in it say which repository they belong to, so that a saved copy still finds it.
+    Of a hub model, names of remote code say which repository they belong to, so that a saved copy still finds it.
     """
     if Path(name_or_path, "adapter_config.json").is_file() and not Path(name_or_path, "config.json").is_file():
         raise ValueError(
-            f"model_name_or_path={str(name_or_path)!r} is an adapter without its base model: pass the base model's "
+            f"model_name_or_path={name_or_path!r} is an adapter without its base model: pass the base model's "
             "name, and this folder as `adapter`."
         )
     raw, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    if not Path(name_or_path).is_dir() and raw.get("auto_map"):
+        raw["auto_map"] = {
+            key: code if "--" in code else f"{name_or_path}--{code}" for key, code in raw["auto_map"].items()
+        }
     return raw
 
 
-def family_of(name_or_path: str, revision: str | None = None, *, convert: str | None = None) -> Family:
+def family_of(name_or_path: str | Path, revision: str | None = None, *, convert: str | None = None) -> Family:
     """The family of a checkpoint, or ValueError that says what to do with another kind.
 
     With `convert="bidirectional"`: the family that a causal checkpoint is converted into.
     """
-    return _family_of(read_config(name_or_path, revision), name_or_path, convert)
+    return _family_of(read_config(str(name_or_path), revision), str(name_or_path), convert)
 
 
 def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
     model_type = raw.get("model_type")
-    known = f"model_name_or_path={str(name_or_path)!r} has model_type {model_type!r}"
+    known = f"model_name_or_path={name_or_path!r} has model_type {model_type!r}"
     causal = {family.converts: family for family in FAMILIES.values() if family.converts}
     kinds = f"causal checkpoints of {', '.join(causal)}"
     if convert is not None:
@@ -89,12 +94,11 @@ def load_tokenizer(
     """The checkpoint's tokenizer with padding on the left, and pad token and chat template in place."""
     # Tokenizers that are remote code are read by the class of the library that they were copied from.
     remote = "AutoTokenizer" in (get_tokenizer_config(name_or_path, revision=revision).get("auto_map") or {})
+    reader: Any = AutoTokenizer
+    settings = {"config": config, "trust_remote_code": False}
     if remote and family.tokenizer_class is not None:
-        tokenizer = family.tokenizer_class.from_pretrained(name_or_path, revision=revision)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, config=config, revision=revision, trust_remote_code=False
-        )
+        reader, settings = family.tokenizer_class, {}
+    tokenizer = reader.from_pretrained(name_or_path, revision=revision, **settings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -159,7 +163,7 @@ def put_adapter(model: PreTrainedModel, adapter: str, *, is_trainable: bool = Tr
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     dtype: torch.dtype | str = torch.float32,
     *,
     attn_implementation: str = "sdpa",
@@ -188,7 +192,8 @@ def load_model(
     tokenizer = load_tokenizer(name_or_path, family, config, revision)
     if convert is None:
         set_mask_token(tokenizer, family, config)
-    model, report = family.model_class.from_pretrained(
+    network: Any = family.model_class
+    model, report = network.from_pretrained(
         name_or_path,
         config=config,
         dtype=dtype,

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from dgrpo.models.loading import load_model, put_adapter
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-# Other copies of the weights, and what training leaves beside them.
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_INDEX = "model.safetensors.index.json"
+# Weights, other copies of them, and what training leaves beside them.
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def merge_adapters(
@@ -44,29 +46,31 @@ def merge_adapters(
         raise ValueError(f"output_dir={str(output)!r} is not an empty folder; choose another.")
     source = _local_folder(str(base), revision)
     shards = _shards(source)
-    stored = {name: dtype for shard in shards for name, dtype in _stored_dtypes(source / shard).items()}
-    if quantized := sorted(set(stored.values()) - set(_DTYPES)):
+    stored = set().union(*(_stored_dtypes(source / shard) for shard in shards))
+    if quantized := sorted(stored - set(_DTYPES)):
         raise ValueError(f"base={str(base)!r} is stored as {', '.join(quantized)}: name the full-precision weights.")
-    # Weights of mixed precision go through the widest and come back unchanged.
-    model, _ = load_model(source, _DTYPES[stored.popitem()[1]] if len(set(stored.values())) == 1 else torch.float32)
+    # Weights of mixed precision go through float32 and come back unchanged.
+    model: Any = load_model(source, _DTYPES[stored.pop()] if len(stored) == 1 else torch.float32)[0]
     for adapter in adapters:
         model = put_adapter(model, str(adapter), is_trainable=False).merge_and_unload(safe_merge=True)
     weights = model.state_dict()
     output.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         _write_shard(source / shard, output / shard, weights)
+    if (source / _INDEX).is_file():
+        shutil.copyfile(source / _INDEX, output / _INDEX)
     copy_companions(source, output)
     return output
 
 
 def copy_companions(source: str | Path, output_dir: str | Path) -> None:
-    """Everything that a checkpoint's folder holds besides weights: config, tokenizer, shard index, remote code.
+    """What a checkpoint's folder holds besides weights and their index: config.json, tokenizer, remote code.
 
-    Files that `output_dir` already has stay as they are.
+    Files that `output_dir` already has stay as they are. For weights that were trained in full and saved elsewhere.
     """
     for path in sorted(Path(source).iterdir()):
         target = Path(output_dir, path.name)
-        if path.name.startswith((".", "adapter_")) or path.suffix in _NOT_COPIED or target.exists():
+        if path.name.startswith((".", "adapter_")) or path.name.endswith(_NOT_COPIED) or target.exists():
             continue
         if path.is_file():
             shutil.copyfile(path, target)
@@ -77,21 +81,20 @@ def copy_companions(source: str | Path, output_dir: str | Path) -> None:
 def _local_folder(name_or_path: str, revision: str | None) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    ignored = [f"*{suffix}" for suffix in _NOT_COPIED if suffix != ".safetensors"]
+    ignored = [f"*{ending}" for ending in _NOT_COPIED if ending not in (".safetensors", ".index.json")]
     return Path(snapshot_download(name_or_path, revision=revision, ignore_patterns=ignored))
 
 
 def _shards(folder: Path) -> list[str]:
     """Names of the files that hold the weights."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (folder / _INDEX).is_file():
+        return sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
     return ["model.safetensors"]
 
 
-def _stored_dtypes(shard: Path) -> dict[str, str]:
+def _stored_dtypes(shard: Path) -> set[str]:
     with safe_open(shard, "pt") as tensors:
-        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        return {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
 
 
 def _write_shard(source: Path, target: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -78,27 +78,37 @@ class _FrozenHeadScores(torch.autograd.Function):
         logps = hidden.new_empty(targets.shape, dtype=torch.float32)
         entropy = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
         mean_row = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
+        target_row = hidden.new_empty((len(targets), hidden.shape[1]), dtype=torch.float32) if needs_grad else None
         entropy_row = torch.empty_like(mean_row) if needs_grad and entropy_grad else None
         for rows, scored in _chunks(len(hidden), len(weight), target_index):
             logits = float_logits(hidden[rows], weight)
             if temperature != 1:
                 logits /= temperature
-            logits -= logits.amax(-1, keepdim=True)
+            best, top = logits.max(-1, keepdim=True)
+            logits -= best
             index = target_index[scored] - rows.start
             target_logits = logits[index, targets[scored]]
-            probs = logits.exp()
-            total = probs.sum(-1, keepdim=True)
-            log_total = total.log()
+            # The likeliest token apart: how little the others have is lost in 1 - p.
+            probs = logits.exp().scatter_(1, top, 0)
+            others = probs.sum(-1, keepdim=True)
+            total, log_total = 1 + others, others.log1p()
             logps[scored] = target_logits - log_total[index, 0]
             probs /= total
             entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(probs, logits)
             if needs_grad:
-                mean_row[rows] = probs.to(weight.dtype) @ weight
+                # E_p[W] - W[top], and W[t] - W[top] beside it: where the model is sure, W[t] - E_p[W] is far smaller
+                # than its terms and would drown in their bfloat16 rounding.
+                row = probs.scatter_(1, top, -others / total).to(weight.dtype)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    mean_row[rows] = (row @ weight).float()
+                target_row[scored] = weight[targets[scored]].float() - weight[top[index, 0]].float()
             if entropy_row is not None:
                 logits += (entropy[rows] - log_total[:, 0])[:, None]
-                entropy_row[rows] = (probs * logits).to(weight.dtype) @ weight
+                share = probs.scatter_(1, top, 1 / total).mul_(logits).to(weight.dtype)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    entropy_row[rows] = (share @ weight).float()
         if needs_grad:
-            saved = [target_index, mean_row, weight[targets]] + ([] if entropy_row is None else [entropy_row])
+            saved = [target_index, mean_row, target_row] + ([] if entropy_row is None else [entropy_row])
             ctx.save_for_backward(*saved)
             ctx.temperature, ctx.dtype = temperature, hidden.dtype
         if not entropy_grad:
@@ -110,15 +120,25 @@ class _FrozenHeadScores(torch.autograd.Function):
         target_index, mean_row, target_rows, *entropy_row = ctx.saved_tensors
         per_position = mean_row.new_zeros(len(mean_row)).index_add_(0, target_index, grad_logps)
         grad = mean_row * -per_position[:, None]
-        grad.index_add_(0, target_index, target_rows.float() * grad_logps[:, None])
+        grad.index_add_(0, target_index, target_rows * grad_logps[:, None])
         if entropy_row:
             grad -= entropy_row[0] * grad_entropy[:, None]
         return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None, None
 
 
 def _plain_scores(hidden: Tensor, weight: Tensor, target_index: Tensor, targets: Tensor, temperature: float):
-    log_probs = (float_logits(hidden, weight) / temperature).log_softmax(-1)
-    return log_probs[target_index, targets], -(log_probs.exp() * log_probs).sum(-1)
+    # The arithmetic of _FrozenHeadScores, operation by operation: log-probabilities of one policy must agree in every
+    # bit whether or not gradients are recorded, or the ratio would not be 1 where the policy has not moved.
+    logits = float_logits(hidden, weight)
+    if temperature != 1:
+        logits = logits / temperature
+    best, top = logits.max(-1, keepdim=True)
+    logits = logits - best
+    probs = logits.exp().scatter(1, top, 0)
+    others = probs.sum(-1, keepdim=True)
+    log_total = others.log1p()
+    logps = logits[target_index, targets] - log_total[target_index, 0]
+    return logps, log_total[:, 0] - torch.linalg.vecdot(probs / (1 + others), logits)
 
 
 class ScoringHead(nn.Linear):

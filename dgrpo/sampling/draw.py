@@ -52,13 +52,16 @@ def confidence_of(logits: Tensor, tokens: Tensor, config: SamplerConfig, noise: 
     """What decides the order of commitment, higher first: [...] float32 for logits [..., V] and drawn tokens [...]."""
     if config.remasking == "random":
         return noise.float()
+    if config.remasking == "low_confidence":
+        # log p / (1 - p), which orders as p does; p would round to 1 in float32 (the published code takes float64).
+        token = tokens[..., None]
+        others = logits.scatter(-1, token, -torch.inf).logsumexp(-1)
+        return logits.gather(-1, token).squeeze(-1) - others
     probs = logits.softmax(-1)
     if config.remasking == "entropy":
         return torch.special.entr(probs).sum(-1).neg()
-    if config.remasking == "topk_margin":
-        first, second = probs.topk(2, dim=-1).values.unbind(-1)
-        return first - second
-    return probs.gather(-1, tokens[..., None]).squeeze(-1)
+    first, second = probs.topk(2, dim=-1).values.unbind(-1)
+    return first - second
 
 
 def ranks(confidence: Tensor) -> Tensor:

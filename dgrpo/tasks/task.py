@@ -40,7 +40,8 @@ def prompt_messages(question: str, instruction: str) -> Messages:
     return [{"role": "user", "content": f"{instruction}\n\n{question}" if instruction else question}]
 
 
-def _read(source: str, task: Task, split: str) -> list[dict[str, Any]]:
+def read_rows(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
+    """Rows of a local .jsonl, .json, .csv or .parquet file, or of a split of a dataset on the hub."""
     path = Path(source)
     if path.suffix in _READERS:
         if not path.is_file():
@@ -48,7 +49,6 @@ def _read(source: str, task: Task, split: str) -> list[dict[str, Any]]:
         # Digits such as "0102" are text: nothing may be read as a number on the way.
         options = {"dtype": str} if path.suffix == ".csv" else {}
         return list(load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options))
-    config = task.hub_config if source == task.hub_name else None
     return list(load_dataset(source, config, split=split))
 
 
@@ -73,14 +73,15 @@ def load_rows(
         train = task.embedded("train", num_train or 4096, seed)
         held_out = task.embedded("held_out", num_held_out, 0)
     else:
-        train = _read(source, task, "train")
+        config = task.hub_config if source == task.hub_name else None
+        train = read_rows(source, "train", config)
         if eval_dataset is not None:
-            held_out = _read(eval_dataset, task, task.held_out_split or "train")
+            held_out = read_rows(eval_dataset, task.held_out_split or "train")
         elif Path(source).suffix in _READERS or task.held_out_split is None:
             size = min(num_held_out, len(train) // 2)
             train, held_out = train[: len(train) - size], train[len(train) - size :]
         else:
-            held_out = _read(source, task, task.held_out_split)
+            held_out = read_rows(source, task.held_out_split, config)
         train, held_out = train[:num_train], held_out[:num_held_out]
     instruction = task.instruction if instruction is None else instruction
     rows = [[_with_prompt(row, task, instruction) for row in part] for part in (train, held_out)]

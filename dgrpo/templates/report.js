@@ -21,7 +21,7 @@ function numeral(value) {
   if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(1);
   return size >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
 }
-const withUnit = (value, unit) => (unit === "%" ? `${Number((100 * value).toPrecision(3))} %` : numeral(value));
+const withUnit = (value, unit) => (unit.startsWith("%") ? `${Number((100 * value).toPrecision(3))} %` : numeral(value));
 const colour = (number) => `var(--s${number % 8})`;
 
 // ---- charts
@@ -30,7 +30,7 @@ const cursors = [];
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const marks = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k += 1) marks.push(k * step);
   return marks;
@@ -51,7 +51,7 @@ function frame(parent, chart, series, last) {
   make("span", title, "", chart.title);
   make("span", title, "last", last);
   const line = make("div", card, "unit");
-  if (chart.unit && chart.unit !== "%") make("span", line, "", chart.unit);
+  if (chart.unit) make("span", line, "", chart.unit);
   if (series.length > 1 || chart.legend) {
     series.forEach((one, number) => make("span", line, "key", one.legend ?? one.name).style.setProperty("--colour", colour(number)));
   }
@@ -69,7 +69,8 @@ function axes(svg, width, low, high, steps, unit) {
     draw("text", svg, { x: left - 7, y: y(mark) + 4, "text-anchor": "end" }, labels[number]);
   });
   ticks(first, final === first ? first + 1 : final, Math.max(2, width / 90)).filter(Number.isInteger).forEach((step) => {
-    draw("text", svg, { x: x(step), y: HEIGHT - 5, "text-anchor": step === first ? "start" : "middle" }, step);
+    const anchor = x(step) > width - 20 ? "end" : "middle";
+    draw("text", svg, { x: Math.min(x(step), width - RIGHT), y: HEIGHT - 5, "text-anchor": anchor }, step);
   });
   return { x, y, left };
 }
@@ -82,8 +83,9 @@ function lineChart(parent, chart, steps, withZero) {
   if (withZero) [low, high] = [Math.min(0, low), Math.max(0, high)];
   if (high === low) [low, high] = withZero ? [0, 1] : [low - Math.abs(low || 1) / 10, high + Math.abs(high || 1) / 10];
   high += (high - low) * 0.06;
-  if (chart.unit === "%" && high > 0.9 && high < 1.1) high = 1;
-  const card = frame(parent, chart, chart.series, withUnit(chart.series[0].points.at(-1)[1], chart.unit));
+  if (chart.unit.startsWith("%") && high > 0.9 && high < 1.1) high = 1;
+  const last = chart.series.length > 1 ? "" : withUnit(chart.series[0].points.at(-1)[1], chart.unit);
+  const card = frame(parent, chart, chart.series, last);
   const width = Math.max(200, card.clientWidth - 28);
   const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": chart.title });
   const { x, y, left } = axes(svg, width, low, high, steps, chart.unit);
@@ -129,9 +131,9 @@ function timeChart(parent, time, steps) {
   const all = totals.reduce((sum, value) => sum + value, 0) || 1;
   const phases = time.phases.map((phase, k) => ({ ...phase, legend: `${phase.name} ${Math.round((100 * totals[k]) / all)} %` }));
   const heights = time.from.map((_, k) => phases.reduce((sum, phase) => sum + phase.values[k], 0));
-  const card = frame(parent, { title: "Time per step", unit: "seconds", legend: true }, phases, `${numeral(all / time.from.length)} s`);
+  const card = frame(parent, { title: "Seconds per step", unit: "", legend: true }, phases, numeral(all / time.from.length));
   const width = Math.max(200, card.clientWidth - 28);
-  const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": "Time per step" });
+  const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": "Seconds per step" });
   const { x, y, left } = axes(svg, width, 0, (Math.max(...heights) || 1) * 1.06, steps, "s");
   const room = (width - left - RIGHT) / time.from.length;
   time.from.forEach((_, k) => {

@@ -8,8 +8,8 @@ function columnsOf(view) {
   const number = (name, value) => ({ name, value, className: "number" });
   const columns = [
     { name: "step", value: (row) => row.step, className: "number step" },
-    { name: "prompt", value: (row) => texts[row.prompt] },
-    { name: "completion", value: (row) => texts[row.text] },
+    { name: "prompt", value: (row) => texts[row.prompt], className: "prompt" },
+    { name: "completion", value: (row) => texts[row.text], className: "" },
     ...table.rewards.map((name, k) => number(shortName(name), (row) => row.rewards[k])),
   ];
   if (table.rewards.length > 1) columns.push(number("total", (row) => row.total));

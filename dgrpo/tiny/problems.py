@@ -36,7 +36,7 @@ NAMES = [
     "Sue",
 ]
 ITEMS = ["apples", "pears", "plums", "nuts", "cups", "pens", "books", "cards", "coins", "shells", "stamps", "beads"]
-OPERANDS = range(2, 25)
+OPERANDS = range(2, 15)
 RESULTS = range(100)
 HELD_OUT_SHARE = 0.1
 # Every operation of a held-out problem occurs in at least this many training lines: rare ones (48+24) stay there.
@@ -180,7 +180,7 @@ def sft_examples(
     num_examples: int,
     seed: int,
     *,
-    reasoning_share: float = 0.45,
+    reasoning_share: float = 0.48,
     careless_error: int = 3,
     prompt_builder: Callable[[str], Messages] = user_message,
 ) -> list[dict[str, Messages]]:

@@ -65,9 +65,7 @@ class DiffuGRPOConfig(GRPOConfig):
 
     estimator: str = field(
         default="one_step",
-        metadata={
-            "help": f"Masked views that are scored: {', '.join(ESTIMATORS)}, or package.module:function."
-        },
+        metadata={"help": f"Which views are scored: {', '.join(ESTIMATORS)}, or package.module:function."},
     )
     estimator_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Settings of the estimator, as a mapping (JSON on the command line)."}
@@ -89,6 +87,12 @@ class DiffuGRPOConfig(GRPOConfig):
             value = getattr(self, name, neutral)
             if value != neutral:
                 raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutral!r}.")
+        if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: with prompt_mask_scope='group' a "
+                f"micro-batch holds whole groups; make it a multiple of num_generations={self.num_generations}, or set "
+                "prompt_mask_scope='row'."
+            )
         if self.bf16 is None:
             # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
@@ -102,12 +106,6 @@ class DiffuGRPOConfig(GRPOConfig):
         for name in ("score_temperature", "views_per_pass", "num_iterations"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive.")
-        if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
-            raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size}: with prompt_mask_scope='group' a "
-                f"micro-batch holds whole groups; make it a multiple of num_generations={self.num_generations}, or set "
-                "prompt_mask_scope='row'."
-            )
 
     @property
     def whole_groups(self) -> bool:

@@ -7,20 +7,22 @@ N masked views, mu inner updates per rollout batch.
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import trl
 from packaging.version import Version
 from torch import Tensor
-from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import pad, split_tensor_dict, use_adapter
 
 from dgrpo.logprobs import mean_entropy, score_views
 from dgrpo.sampling import Rollout, generate
 from dgrpo.sampling.draw import row_keys
+from dgrpo.trainers import checkpoints
 from dgrpo.trainers.config import DiffuGRPOConfig
+from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.plugins import resolve_estimator
 from dgrpo.trainers.rewards import check_columns, guarded
 from dgrpo.views import MaskedViews, draw_views, stream
@@ -29,15 +31,6 @@ if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
     raise ImportError(
         f"dgrpo overrides private methods of trl 1.16, not of {trl.__version__}: pip install 'trl>=1.16,<1.17'"
     )
-
-logger = logging.get_logger(__name__)
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's prompt order, as a function of (seed, epoch): a resumed run meets the prompts that it would have met."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator = stream("prompts", self.seed or 0, epoch)
 
 
 class DiffuGRPOTrainer(GRPOTrainer):
@@ -98,13 +91,13 @@ class DiffuGRPOTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     @property
-    def _generate_every(self) -> int:
+    def generate_every(self) -> int:
         return self.args.steps_per_generation * self.num_iterations
 
     @property
     def _round(self) -> int:
         """How many rollouts came before this one: with the seed, the key of all of its random numbers."""
-        return self._step // self._generate_every if self._mode == "train" else self.state.global_step
+        return self._step // self.generate_every if self._mode == "train" else self.state.global_step
 
     @property
     def logged_completions(self) -> list[tuple]:
@@ -116,7 +109,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self._generate_every,
+            repeat_count=self.generate_every,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
@@ -201,7 +194,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         if self._mode == "eval":
             batch = self._generate_and_score_completions(generation_batch)
             return self._slice(self._with_reference(batch), 0)
-        if self._step % self._generate_every == 0 or self._buffered_inputs is None:
+        if self._step % self.generate_every == 0 or self._buffered_inputs is None:
             batch = self._shuffled(self._generate_and_score_completions(generation_batch))
             started = time.perf_counter()
             parts = split_tensor_dict(batch, self.args.steps_per_generation)
@@ -224,7 +217,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
     def _draws_before_update(self) -> int:
         """Inner iterations that are over before the first optimizer step: their old policy is the current one."""
         accumulation, steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation
-        aligned = self._generate_every % accumulation == 0 or accumulation % self._generate_every == 0
+        aligned = self.generate_every % accumulation == 0 or accumulation % self.generate_every == 0
         return min(accumulation // steps, self.num_iterations) if aligned else 0
 
     def _with_old(self, batch: dict) -> dict:
@@ -290,6 +283,16 @@ class DiffuGRPOTrainer(GRPOTrainer):
         """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
         return self.beta == 0.0 and not self._entropy_bonus_enabled and self.top_entropy_quantile == 1.0
 
+    def _save_checkpoint(self, model, trial):
+        # Written first: trainer_state.json, nearly the last file of the parent's, then marks a whole checkpoint.
+        checkpoints.save_state(self, Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            checkpoints.load_state(self, Path(checkpoint))
+
     def _compute_loss(self, model, inputs):
         self._loss_inputs = inputs
         try:
@@ -319,21 +322,3 @@ def _estimator(args: DiffuGRPOConfig) -> Callable[..., MaskedViews]:
     if args.estimator == "one_step":
         settings = {"p_mask_prompt": args.p_mask_prompt, "prompt_mask_scope": args.prompt_mask_scope} | settings
     return partial(resolve_estimator(args.estimator), **settings)
-
-
-def without_long_prompts(dataset, tokenizer, max_prompt_length: int):
-    """The dataset without prompts of more than `max_prompt_length` tokens; says how many were left out."""
-
-    def fits(row: dict) -> bool:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return len(tokenizer(prompt)["input_ids"]) <= max_prompt_length
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return len(ids) <= max_prompt_length
-
-    kept = dataset.filter(fits)
-    if len(kept) == 0:
-        raise ValueError(f"max_prompt_length={max_prompt_length}: no prompt of the dataset is that short; raise it.")
-    if left_out := len(dataset) - len(kept):
-        logger.warning(f"max_prompt_length={max_prompt_length}: {left_out} of {len(dataset)} prompts are left out.")
-    return kept

@@ -38,5 +38,5 @@ def resolve_estimator(name: str) -> Callable:
     if ":" in name:
         return load_function("estimator", name)
     if name not in ESTIMATORS:
-        raise ValueError(f"estimator={name!r}: choose {', '.join(ESTIMATORS)}, or package.module:function.")
+        raise ValueError(f"estimator={name!r}: choose {', '.join(ESTIMATORS)} or package.module:function.")
     return ESTIMATORS[name]

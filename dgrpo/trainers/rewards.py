@@ -36,8 +36,8 @@ def _finite(values: list) -> list[float | None]:
 def guarded(reward: Callable) -> Callable:
     """The reward, but rows of a call that raises count as not applicable (None); the first traceback is kept.
 
-    Errors and non-finite values are counted in the metrics `rewards/<name>/errors` and `.../non_finite`. A wrong number
-    of values is not caught: that is a bug to be told at the first call.
+    Errors and non-finite values are counted in the metrics `rewards/<name>/errors` and `.../non_finite`. A wrong
+    number of values is not caught: that is a bug to be told at the first call.
     """
     name = getattr(reward, "__name__", type(reward).__name__)
     seen = False

@@ -1,0 +1,86 @@
+"""Runs side by side: which are of one kind, what the table says, and what the bands span."""
+
+import io
+
+import numpy as np
+import pytest
+from fabricated_run import fabricate_run
+from PIL import Image
+from rich.console import Console
+
+from dgrpo.compare import compare, kinds_of, read_run
+from dgrpo.curves import COLOURS, band, draw_curves, moving_mean
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        fabricate_run(folder / f"{beta}-{seed}", seed=seed, steps=12, beta=beta)
+        for beta in (0.0, 0.04)
+        for seed in (1, 2)
+    ]
+
+
+def printed(run_dirs, png=None, width=120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    compare(run_dirs, png, console=console)
+    return console.file.getvalue()
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_kind(runs):
+    kinds = kinds_of([read_run(run) for run in runs])
+    assert {kind: [run.name for run in group] for kind, group in kinds.items()} == {
+        "beta=0.0, 2 seeds": ["0.0-1", "0.0-2"],
+        "beta=0.04, 2 seeds": ["0.04-1", "0.04-2"],
+    }
+    assert list(kinds_of([read_run(runs[0])])) == ["gsm8k"]
+
+
+def test_table_tells_each_run_and_the_mean_of_a_kind(runs):
+    lines = [" ".join(line.split()) for line in printed(runs).splitlines() if line.strip()]
+    assert lines[0] == "run task model seed before after gain steps wall"
+    assert lines[2] == "0.0-1 gsm8k tiny-llada 1 46.0 % 88.0 % +42.0 12 2 min 28 s"
+    assert lines[4] == "mean of 2 46.5 % 87.5 % +41.0 12 2 min 29 s"
+    assert len(lines) == 8
+
+
+def test_runs_without_a_summary_are_listed(runs, tmp_path):
+    running = fabricate_run(tmp_path / "running", steps=12)
+    (running / "summary.json").unlink()
+    lines = printed([runs[0], running]).splitlines()
+    assert next(line.split() for line in lines if "running" in line) == ["running", "tiny-llada", *"-----"]
+
+
+def test_folders_without_a_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run here"):
+        printed([tmp_path])
+    with pytest.raises(ValueError, match="at least one run"):
+        printed([])
+
+
+def test_band_spans_the_seeds_over_the_steps_they_share():
+    runs = [{"reward": [(1, 0.0), (2, 1.0), (3, 5.0)]}, {"reward": [(1, 1.0), (2, 3.0)]}, {"kl": [(1, 9.0)]}]
+    steps, values = band(runs, "reward")
+    assert steps.tolist() == [1, 2]
+    assert values.tolist() == [[0.0, 1.0], [1.0, 3.0]]
+    assert len(band(runs, "entropy")[0]) == 0
+
+
+def test_moving_mean_averages_what_there_is():
+    assert moving_mean(np.array([0.0, 3.0, 6.0, 9.0]), 3).tolist() == [1.5, 3.0, 6.0, 7.5]
+
+
+def test_image_draws_every_kind(runs, tmp_path):
+    path = tmp_path / "plots" / "compare.png"
+    kinds = compare(runs, path, console=Console(file=io.StringIO()))
+    assert len(kinds) == 2
+    with Image.open(path) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(image.width * image.height)}
+    for colour in COLOURS[:2]:
+        assert tuple(bytes.fromhex(colour[1:])) in colours
+    assert tuple(bytes.fromhex(COLOURS[2][1:])) not in colours
+
+
+def test_image_of_runs_without_metrics(tmp_path):
+    assert draw_curves(tmp_path / "empty.png", {"a": [{}]}).exists()

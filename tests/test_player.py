@@ -1,0 +1,309 @@
+"""The player: what it shows of a rollout at each step, in the terminal, as a page and as an image."""
+
+import io
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from headless_chromium import EXECUTABLE, Chromium
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from dgrpo.player import (
+    HIDDEN,
+    LINE_END,
+    block_length_of,
+    canvas_lines,
+    frames,
+    load_rollout,
+    play,
+    printable,
+    prompt_text,
+    render,
+    save_rollout,
+    token_texts,
+    window,
+)
+from dgrpo.player_export import write_gif, write_html
+from dgrpo.sampling import Rollout, SamplerConfig, generate
+from dgrpo.sampling.rollout import ended
+from dgrpo.tiny.tokenizer import build_tokenizer
+
+PROMPT = "Ann has 3 red pens and buys 4 more. How many pens does she have?"
+ANSWER = "<reasoning>\n3 + 4 = 7 pens for Ann\n</reasoning>\n<answer>\n7\n</answer>\n"
+LENGTH, BLOCK = 48, 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer([PROMPT, ANSWER])
+
+
+def rollout_of(tokenizer, texts, seed=0) -> Rollout:
+    """Rollouts of the given completions, each block committed in a random order until one holds EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * LENGTH for text in texts]
+    completion_ids = torch.tensor([row[:LENGTH] for row in ids])
+    completion_mask = ended(completion_ids, torch.tensor([tokenizer.eos_token_id]))
+    order = [torch.randperm(BLOCK, generator=generator) + BLOCK * b for _ in texts for b in range(LENGTH // BLOCK)]
+    denoised = -(-completion_mask.sum(1) // BLOCK) * BLOCK
+    revealed_at = torch.cat(order).view(len(texts), LENGTH)
+    revealed_at[torch.arange(LENGTH) >= denoised[:, None]] = LENGTH
+    confidence = torch.rand(len(texts), LENGTH, generator=generator) * (revealed_at < LENGTH)
+    return Rollout(
+        prompt_ids=torch.tensor([[tokenizer.pad_token_id] * 2 + prompt] * len(texts)),
+        prompt_mask=torch.tensor([[False] * 2 + [True] * len(prompt)] * len(texts)),
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        revealed_at=revealed_at,
+        confidence=confidence,
+        entropy=1 - confidence,
+        group=torch.zeros(len(texts), dtype=torch.long),
+        num_forwards=LENGTH,
+        num_steps=LENGTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout(tokenizer):
+    return rollout_of(tokenizer, [ANSWER, "<answer>\n8\n</answer>\n"])
+
+
+def test_token_texts_join_to_the_decoded_text(tokenizer):
+    # Three bytes of one character are three tokens here; the character belongs to the last.
+    text = "caf\u00e9 \u20ac 12\n\n" + ANSWER
+    ids = tokenizer(text)["input_ids"]
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == text
+    assert "\u20ac" in texts
+    cut = tokenizer("\u20ac")["input_ids"][:-1]
+    assert "".join(token_texts(tokenizer, cut)) == "\ufffd"
+
+
+def test_frames_follow_the_order_of_commitment(rollout, tokenizer):
+    for row in range(2):
+        shots = frames(rollout, tokenizer, row)
+        steps = sorted({step for step in rollout.revealed_at[row].tolist() if step < LENGTH})
+        assert [shot.step for shot in shots] == [-1, *steps]
+        for shot in shots:
+            assert [shot.shown(token) for token in shot.tokens] == (rollout.revealed_at[row] <= shot.step).tolist()
+            fresh = [position for position, token in enumerate(shot.tokens) if shot.fresh(token)]
+            assert fresh == (rollout.revealed_at[row] == shot.step).nonzero().flatten().tolist()
+            if fresh:
+                assert shot.block == fresh[0] // BLOCK
+        last = shots[-1]
+        said = "".join(token.text for token in last.tokens if last.shown(token) and not token.after_end)
+        assert said == tokenizer.decode(rollout.completion_ids[row][rollout.completion_mask[row]])
+
+
+def test_given_tokens_are_there_from_the_start(rollout, tokenizer):
+    given = rollout.revealed_at.clone()
+    given[0, 3] = -1
+    first = frames(replace(rollout, revealed_at=given), tokenizer, 0)[0]
+    assert [first.shown(token) for token in first.tokens] == [position == 3 for position in range(LENGTH)]
+
+
+def test_row_out_of_range_is_refused(rollout, tokenizer):
+    with pytest.raises(ValueError, match="row=2"):
+        frames(rollout, tokenizer, 2)
+
+
+def test_block_length_is_read_off_the_order(rollout):
+    assert block_length_of(rollout) == BLOCK
+    whole = torch.stack([torch.randperm(LENGTH, generator=torch.Generator().manual_seed(5))] * 2)
+    assert block_length_of(replace(rollout, revealed_at=whole)) == LENGTH
+
+
+@pytest.mark.parametrize(("block_length", "threshold"), [(4, None), (8, None), (16, None), (8, 0.2)])
+def test_block_length_of_sampled_rollouts(tiny_llada, block_length, threshold):
+    config = SamplerConfig(16, block_length, 16, temperature=1.0, remasking="random", stop_at_eos=False)
+    if threshold is not None:
+        config = replace(config, threshold=threshold, remasking="low_confidence")
+    prompt = torch.arange(1, 5).repeat(6, 1)
+    generator = torch.Generator().manual_seed(0)
+    sampled = generate(tiny_llada(), prompt, torch.ones_like(prompt), config, generator=generator)
+    assert block_length_of(sampled) == block_length
+
+
+def test_prompt_is_shown_without_padding_and_special_tokens(rollout, tokenizer):
+    assert prompt_text(rollout, tokenizer, 0) == PROMPT
+
+
+def test_levels_of_confidence(rollout, tokenizer):
+    token = frames(rollout, tokenizer)[0].tokens[0]
+    levels = [replace(token, confidence=value).level for value in (0.0, 0.29, 0.3, 0.5, 0.69, 0.7, 0.89, 0.9, 1.0)]
+    assert levels == [0, 0, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("width", [7, 20, 100])
+def test_lines_keep_the_text_and_the_width(rollout, tokenizer, width):
+    tokens = frames(rollout, tokenizer)[0].tokens
+    lines = canvas_lines(tokens, width)
+    assert all(len(line) <= width for line in lines)
+    assert [position for line in lines for position, _ in line] == sorted(
+        position for line in lines for position, _ in line
+    )
+    text = "".join(token.text for token in tokens if not token.after_end)
+    drawn = "".join(char for line in lines for _, char in line)
+    without = str.maketrans("", "", f"\n {LINE_END}")
+    assert drawn.translate(without) == text.translate(without)
+    if width == 100:
+        assert ["".join(char for _, char in line) for line in lines] == text.split("\n")
+
+
+def test_lines_break_between_words(rollout, tokenizer):
+    token = frames(rollout, tokenizer)[0].tokens[0]
+    tokens = tuple(
+        replace(token, text=text, after_end=False) for text in ("one", " two", " th", "ree", "\n\n", "four")
+    )
+    lines = ["".join(char for _, char in line) for line in canvas_lines(tokens, 10)]
+    assert lines == ["one two ", "three" + LINE_END, "", "four"]
+
+
+def drawn(renderable, width=100) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_terminal_shows_what_is_committed_and_no_more(rollout, tokenizer):
+    shots = frames(rollout, tokenizer, 0)
+    first, last = (drawn(render(shots[k], num_steps=LENGTH, width=100)) for k in (0, -1))
+    assert "</answer>" in last
+    assert HIDDEN not in last
+    assert "answer" not in first
+    shown_text = sum(len(token.text.replace("\n", "")) or 1 for token in shots[0].tokens if not token.after_end)
+    assert first.count(HIDDEN) == shown_text
+    assert f"step {LENGTH:>2}" in drawn(render(replace(shots[-1], step=LENGTH - 1), num_steps=LENGTH, width=100))
+    for width in (40, 60, 100):
+        assert {
+            len(line) for line in drawn(render(shots[5], prompt=PROMPT, num_steps=LENGTH, width=width)).splitlines()
+        } <= {width}
+
+
+def test_tall_completions_show_what_is_new(rollout, tokenizer):
+    for shot in frames(rollout, tokenizer, 0):
+        lines = canvas_lines(shot.tokens, 96)
+        seen = window(lines, shot, 2)
+        assert len(seen) == 2
+        positions = {position for line in seen for position, _ in line}
+        new = {k for k, token in enumerate(shot.tokens) if shot.fresh(token) and not token.after_end}
+        assert new <= positions
+        assert window(lines, shot, 100) == lines
+
+
+def test_play_writes_every_frame_to_a_terminal_and_the_last_to_a_file(rollout, tokenizer, monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80, height=50, color_system="truecolor")
+    play(rollout, tokenizer, 0, steps_per_second=1e6, console=terminal)
+    written = terminal.file.getvalue()
+    assert written.count("denoising") == len(frames(rollout, tokenizer, 0)) + 1
+    monkeypatch.setattr("dgrpo.player.time.sleep", pytest.fail)
+    file = Console(file=io.StringIO(), width=80)
+    play(rollout, tokenizer, 0, console=file)
+    assert file.file.getvalue().count("denoising") == 1
+    assert "</answer>" in file.file.getvalue()
+
+
+def test_hostile_text_cannot_steer_the_terminal(tokenizer):
+    hostile = "\x1b[2J\x1b]0;title\x07[red]bold[/red]\r\u202e\u2028"
+    assert printable(hostile) == "\ufffd[2J\ufffd]0;title\ufffd[red]bold[/red]\ufffd\ufffd\ufffd"
+    shots = frames(rollout_of(tokenizer, [hostile]), tokenizer)
+    written = drawn(render(shots[-1], prompt=printable(hostile), num_steps=LENGTH, width=100))
+    assert "\x1b" not in written
+    assert "[red]bold[/red]" in written
+
+
+def test_rollouts_survive_storage(rollout, tmp_path):
+    path = tmp_path / "rollout.safetensors"
+    save_rollout(path, rollout)
+    loaded = load_rollout(path)
+    for field in fields(Rollout):
+        stored, expected = getattr(loaded, field.name), getattr(rollout, field.name)
+        if isinstance(expected, torch.Tensor):
+            assert stored.dtype == expected.dtype
+            assert torch.equal(stored, expected)
+        else:
+            assert stored == expected
+
+
+def test_other_files_are_no_rollouts(tmp_path):
+    save_file({"prompt_ids": torch.zeros(1, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="lacks prompt_mask"):
+        load_rollout(tmp_path / "other.safetensors")
+
+
+def test_gif_plays_all_frames(rollout, tokenizer, tmp_path):
+    with Image.open(write_gif(tmp_path / "all.gif", rollout, tokenizer, 0, columns=40)) as image:
+        assert image.n_frames == len(frames(rollout, tokenizer, 0))
+        first = image.convert("RGB").tobytes()
+        size = image.size
+        image.seek(image.n_frames - 1)
+        assert image.info["duration"] == 2000
+        assert image.size == size
+        assert image.convert("RGB").tobytes() != first
+    with Image.open(write_gif(tmp_path / "few.gif", rollout, tokenizer, 0, max_frames=5, dark=True)) as image:
+        assert image.n_frames == 5
+        assert sum(image.convert("RGB").getpixel((1, 1))) < 150
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if EXECUTABLE is None:
+        pytest.skip("Chromium is not installed")
+    browser = Chromium()
+    yield browser
+    browser.close()
+
+
+def test_page_plays_in_a_browser(chromium, rollout, tokenizer, tmp_path):
+    page = write_html(tmp_path / "player.html", rollout, tokenizer, title="<i>Two</i> & more")
+    said = tokenizer.decode(rollout.completion_ids[0][rollout.completion_mask[0]]).replace("\n\n", f"{LINE_END}\n\n")
+    count = "document.querySelectorAll('#text .hidden').length"
+    grounds = []
+    for dark in (False, True):
+        chromium.open(page, dark=dark)
+        assert chromium.evaluate("document.title") == "<i>Two</i> & more"
+        assert chromium.evaluate(count) == int(rollout.completion_mask[0].sum())
+        grounds.append(chromium.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for step in range(1, 4):
+            chromium.press("ArrowRight")
+            committed = rollout.revealed_at[0] <= frames(rollout, tokenizer, 0)[step].step
+            assert chromium.evaluate(count) == int((rollout.completion_mask[0] & ~committed).sum())
+        chromium.press("ArrowLeft")
+        assert chromium.evaluate("document.getElementById('slider').value") == "2"
+        chromium.press("End")
+        assert chromium.evaluate(count) == 0
+        assert chromium.evaluate("document.getElementById('text').textContent").replace(LINE_END, "") == said.replace(
+            LINE_END, ""
+        )
+        chromium.press("Home")
+        chromium.press(" ")
+        assert chromium.evaluate("document.getElementById('play').textContent") == "Pause"
+        moved = "new Promise(done => setTimeout(() => done(Number(document.getElementById('slider').value) > 0), 400))"
+        assert chromium.evaluate(moved)
+        chromium.evaluate("document.getElementById('row').value = 1")
+        chromium.evaluate("document.getElementById('row').dispatchEvent(new Event('change'))")
+        chromium.press("End")
+        assert chromium.evaluate("document.getElementById('text').textContent").startswith("<answer>\n8\n</answer>")
+        assert chromium.problems == []
+    assert grounds[0] != grounds[1]
+    for width in (360, 1280):
+        chromium.open(page, width=width)
+        assert chromium.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_page_shows_hostile_text_as_text(chromium, tokenizer, tmp_path):
+    hostile = "</script><img src=http://example.org/x onerror=alert(1)>{{script}}"
+    page = write_html(tmp_path / "hostile.html", rollout_of(tokenizer, [hostile]), tokenizer)
+    chromium.open(page)
+    chromium.press("End")
+    text = chromium.evaluate("document.getElementById('text').textContent")
+    assert text.startswith(hostile[: len(text) - len(tokenizer.eos_token)])
+    assert len(text) > 30
+    assert chromium.evaluate("document.images.length") == 0
+    assert chromium.problems == []

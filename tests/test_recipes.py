@@ -1,0 +1,160 @@
+"""Recipes: settings, the main job, real GSM8K rows, several processes."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
+from dgrpo.run import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "gsm8k.py"
+DATA = ROOT.parent / "shared" / "data"
+
+
+def launch(command: list[str], timeout: int = 900) -> str:
+    """Runs a command in the project's root with one thread a process; its output, or an error that shows it."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def short(output_dir: Path, *more: str) -> list[str]:
+    return [
+        "--output_dir",
+        str(output_dir),
+        "--max_steps",
+        "3",
+        "--num_eval_problems",
+        "16",
+        "--evaluate_every",
+        "0",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_yaml_of_a_trainer_parses(path):
+    if path.name.startswith("gsm8k"):
+        recipe, args, model_config = parse_recipe(
+            str(RECIPE), argv=["--config", str(path), "--use_cpu", "--bf16", "false"]
+        )
+        assert recipe.reward_funcs
+        assert model_config.use_peft
+        assert args.sampler().max_completion_length == args.max_completion_length
+    else:
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_the_command_line_wins_over_the_yaml():
+    _, args, _ = parse_recipe(str(RECIPE), argv=["--learning_rate", "0.5", "--num_iterations=2"])
+    assert (args.learning_rate, args.num_iterations) == (0.5, 2)
+
+
+def test_unknown_settings_are_refused(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text("output_dir: x\nblok_length: 3\n")
+    with pytest.raises(ValueError, match="blok_length"):
+        parse_recipe(str(RECIPE), argv=["--config", str(config)])
+    with pytest.raises(ValueError, match="--blok_length"):
+        parse_recipe(str(RECIPE), argv=["--blok_length", "3"])
+
+
+def test_a_preset_is_laid_over_the_recipe(tmp_path):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("estimator: coupled\nnum_iterations: 2\n")
+    _, args, _ = parse_recipe(str(RECIPE), argv=["--preset", str(preset)])
+    assert (args.estimator, args.num_iterations, args.num_generations) == ("coupled", 2, 8)
+
+
+@pytest.mark.slow
+def test_the_main_job_writes_what_it_promises(tmp_path):
+    output = launch([sys.executable, str(RECIPE), *short(tmp_path, "--num_iterations", "2")])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"task", "model", "seed", "before", "after", "steps", "wall_seconds", "cpu_seconds"} <= summary.keys()
+    assert (summary["steps"], summary["num_processes"], summary["before"]["n"]) == (3, 1, 16)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[0]["eval_accuracy"]
+    assert rows[1]["reward"]
+    for name in ("curves.png", "report.html", "adapter_model.safetensors", "samples.json", "config.yaml"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    for word in ("reward", "reasons", "length", "before", "after", "ceiling"):
+        assert word in output
+
+
+def llada_folder(folder: Path, texts: list[str]) -> Path:
+    """A small random LLaDA in the published layout, with a BPE tokenizer trained on `texts`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|mdm_mask|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[0], mask_token=special[1])
+    tokenizer.save_pretrained(folder)
+    LLaDAModelLM(
+        LLaDAConfig(
+            d_model=32,
+            n_heads=2,
+            n_layers=2,
+            mlp_hidden_size=64,
+            vocab_size=len(tokenizer),
+            mask_token_id=tokenizer.mask_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            architectures=["LLaDAModelLM"],
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="GSM8K's files are not beside this checkout")
+def test_real_questions_of_different_lengths_train_a_llada_checkpoint(tmp_path):
+    questions = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text().splitlines()[:300]]
+    folder = llada_folder(tmp_path / "llada", [row["question"] + row["answer"] for row in questions])
+    sizes = ["--max_completion_length", "32", "--block_length", "16", "--diffusion_steps", "16"]
+    batch = ["--per_device_train_batch_size", "16", "--num_generations", "4", "--num_train_problems", "200"]
+    more = ["--model_name_or_path", str(folder), "--dataset", str(DATA / "gsm8k/train.jsonl"), *sizes, *batch]
+    launch([sys.executable, str(RECIPE), *short(tmp_path / "run", *more, "--beta", "0.04")])
+    files = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
+    completions = pd.concat([pd.read_parquet(file) for file in files])
+    assert len({len(row[-1]["content"]) for row in completions["prompt"]}) > 2, "questions of different lengths"
+    assert {"prompt", "completion", "advantage", "correctness_reward"} <= set(completions.columns)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED")])
+def test_two_processes_train(tmp_path, config, kind):
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    accelerated = [accelerate, "launch", "--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml"), str(RECIPE)]
+    launch([*accelerated, *short(tmp_path, "--per_device_train_batch_size", "16")])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_processes"], summary["distributed_type"], summary["steps"]) == (2, kind, 3)
+
+
+def test_rewards_import_neither_torch_nor_the_toolkit():
+    code = (
+        "import sys, rewards.gsm8k, rewards.format, rewards.countdown, rewards.sudoku, rewards.math500, rewards.code;"
+        "assert not {'torch', 'dgrpo', 'trl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,118 @@
+"""Masked fine-tuning: which tokens are trained on, with what weight."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.trainers.sft import encode
+from dgrpo.views import stream
+
+ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
+
+
+@pytest.fixture
+def trainer(model, tokenizer, tmp_path):
+    """A function (**settings) -> MaskedSFTTrainer on two rows of different lengths."""
+
+    def build(**settings) -> MaskedSFTTrainer:
+        defaults = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 1, "report_to": "none"}
+        args = MaskedSFTConfig(
+            **(defaults | {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True} | settings)
+        )
+        return MaskedSFTTrainer(model, args, Dataset.from_list(ROWS), processing_class=tokenizer)
+
+    return build
+
+
+def test_the_completion_ends_with_eos_and_fills_its_canvas(tokenizer):
+    eos = tokenizer.eos_token_id
+    assert encode(ROWS[0], tokenizer)["completion_ids"] == [3, 4, eos]
+    assert encode(ROWS[0], tokenizer, completion_canvas=5)["completion_ids"] == [3, 4, eos, eos, eos]
+
+
+def test_the_prompt_ends_where_the_model_starts_to_write(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'a ' if m['role'] == 'user' else 'b ' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}b{% endif %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "c d"}], "completion": [{"role": "assistant", "content": "e f"}]}
+    encoded = encode(row, tokenizer)
+    assert tokenizer.decode(encoded["prompt_ids"]) == "a c d b"
+    assert tokenizer.decode(encoded["completion_ids"]) == "e f <eos>"
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
+    tokenizer.chat_template = "{% if add_generation_prompt %}a{% else %}b c{% endif %}"
+    with pytest.raises(ValueError, match="chat_template"):
+        encode({"prompt": [{"role": "user", "content": "d"}], "completion": []}, tokenizer)
+
+
+def test_loss_is_llada_objective_with_the_drawn_masks(trainer, model, tokenizer):
+    """Against the formula: mean over rows of (1/t) sum over hidden of -log p / number of completion tokens."""
+    run = trainer()
+    batch = run._collate([run.train_dataset[0], run.train_dataset[1]])
+    seen = []
+    model.train()
+    plain_forward = type(model)._score
+
+    def spy(self, asked, *rest):
+        seen.append(asked)
+        return plain_forward(self, asked, *rest)
+
+    type(model)._score = spy
+    try:
+        loss = run.compute_loss(model, batch)
+    finally:
+        type(model)._score = plain_forward
+    generator = stream("sft", "train", run.args.seed, 0, 1, 0)
+    ratio = 1 - torch.rand(2, 1, generator=generator) * (1 - 1e-3)
+    hidden = (torch.rand(batch["input_ids"].shape, generator=generator) < ratio) & batch["is_completion"]
+    canvases = batch["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
+    expected = 0.0
+    for row in range(2):
+        length = int(batch["attention_mask"][row].sum())
+        logits = model(canvases[row : row + 1, :length]).logits[0]
+        logps = logits.log_softmax(-1).gather(-1, batch["input_ids"][row, :length, None])[:, 0]
+        per_token = -(logps * hidden[row, :length]).sum() / ratio[row] / batch["is_completion"][row].sum()
+        expected = expected + per_token / 2
+    assert hidden.any()
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_neither_prompt_nor_padding_is_trained_on(trainer, tokenizer):
+    run = trainer()
+    batch = run._collate([run.train_dataset[0], run.train_dataset[1]])
+    assert batch["is_completion"].tolist() == [
+        [False, False, False, True, True, True],
+        [False, True, True, True, True, True],
+    ]
+    assert run._collate([{"prompt_ids": [0], "completion_ids": [1]}, {"prompt_ids": [0], "completion_ids": [1, 2]}])[
+        "is_completion"
+    ].tolist() == [[False, True, False], [False, True, True]]
+
+
+def test_masks_depend_on_seed_and_step_not_on_evaluation_or_global_state(trainer):
+    run = trainer()
+    first = run._generator().get_state()
+    run = trainer()
+    torch.manual_seed(123)
+    run.model.eval()
+    run._generator()
+    run.model.train()
+    assert torch.equal(run._generator().get_state(), first)
+    assert not torch.equal(run._generator().get_state(), first), "the next micro-batch has masks of its own"
+
+
+def test_long_rows_are_left_out(trainer):
+    assert len(trainer(max_length=6).train_dataset) == 2
+    assert len(trainer(max_length=5).train_dataset) == 0
+
+
+def test_it_fits_two_rows(trainer, model):
+    run = trainer(max_steps=150, learning_rate=1e-2)
+    run.train()
+    losses = [logs["loss"] for logs in run.state.log_history if "loss" in logs]
+    batch = run._collate([run.train_dataset[0], run.train_dataset[1]])
+    final = sum(run.compute_loss(model, batch).item() for _ in range(20)) / 20
+    assert final < 0.2, losses
