@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from dgrpo.grading import wilson_interval
 from dgrpo.sampling import SamplerConfig, generate
 from rewards.format import format_reward
 
@@ -36,7 +37,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the accuracy."""
-        return wilson_interval(sum(self.correct), self.n)
+        return wilson_interval(self.accuracy, self.n)
 
     @property
     def accuracy_where_it_reasons(self) -> float | None:
@@ -54,14 +55,6 @@ class Evaluation:
             "mean_length": sum(self.lengths) / self.n,
             "tokens_per_second": self.num_tokens / self.seconds,
         }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval for a share of successes."""
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    radius = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, centre - radius), min(1.0, centre + radius)
 
 
 def encode_prompts(tokenizer, prompts: Sequence, device: torch.device) -> tuple[Tensor, Tensor]:

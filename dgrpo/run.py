@@ -23,10 +23,11 @@ from dgrpo.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of
 from dgrpo.report import write_curves, write_report
-from dgrpo.tasks import EMBEDDED, Task
+from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.checkpoints import last_complete_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
+from dgrpo.trainers.rewards import check_columns
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
 
@@ -122,6 +123,32 @@ def rewards_of(recipe: RecipeConfig) -> list:
     if not recipe.reward_funcs:
         raise ValueError("reward_funcs=[]: name at least one reward, as 'package.module:function'.")
     return [resolve_reward(name) for name in recipe.reward_funcs]
+
+
+def main(task: Task, recipe_file: str) -> None:
+    """A recipe, from its settings to its results."""
+    recipe, args, model_config = parse_recipe(recipe_file)
+    train_rows, held_out = load_rows(
+        task,
+        recipe.dataset,
+        recipe.eval_dataset,
+        num_train=recipe.num_train_problems,
+        num_held_out=recipe.num_eval_problems,
+        instruction=recipe.instruction,
+        seed=args.seed,
+    )
+    rewards = rewards_of(recipe)
+    check_columns(rewards, train_rows.column_names)
+    model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
+    trainer = DiffuGRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=args,
+        peft_config=peft_config,
+        train_dataset=train_rows,
+        reward_funcs=rewards,
+    )
+    train(trainer, task, held_out, recipe, model_config.model_name_or_path)
 
 
 def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_name: str) -> dict:

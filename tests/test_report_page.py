@@ -1,7 +1,6 @@
 """The page of a run in a real browser: it opens without errors, draws, filters, sorts, and runs nothing it shows."""
 
 import json
-import time
 
 import pandas as pd
 import pytest
@@ -173,10 +172,7 @@ def test_report_of_300_steps_is_small_and_opens_fast(chromium, tmp_path):
     run = fabricate_run(tmp_path / "run", steps=300, rows=8, words=400, prompts=400)
     page = write_report(run)
     assert page.stat().st_size < 5_000_000
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        chromium.open(page)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.0
+    chromium.open(page)
+    print("CPU", chromium.cpu_seconds())
+    assert 0 < chromium.cpu_seconds() < 1.0
     assert chromium.problems == []

@@ -22,7 +22,9 @@ def score(program, tests):
 
 
 def test_share_of_tests_passed():
-    assert scores([ADD, "def add(a, b):\n    return 3\n", "def add(a, b):\n    return 0\n"], TESTS) == [1.0, 0.5, 0.0]
+    three, zero = "def add(a, b): return 3", "def add(a, b): return 0"
+    leaves_at_first = "def add(a, b):\n    if a == 1: raise SystemExit(0)\n    return a + b"
+    assert scores([ADD, three, zero, leaves_at_first], TESTS) == [1.0, 0.5, 0.0, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,7 @@ def test_share_of_tests_passed():
         "from solution import *\nassert add(1, 2) == 3",
         ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"],
         "import math\nexpected = math.floor(3.5)\nassert add(1, 2) == expected",
+        "print('the tests may print')\nassert add(1, 2) == 3",
         "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0\n\ncheck(add)\n",
     ],
 )
@@ -206,7 +209,8 @@ class Any:
     def __iter__(self): return iter([])
     def same(self, *a): return self
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __abs__ = __neg__ = same
-    __lt__ = __le__ = __gt__ = __ge__ = __ne__ = __eq__
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    def __ne__(self, other): return False
 def add(a, b): return Any()
 def abs(x): return 0
 def sorted(x): return [3, 3]
@@ -214,6 +218,26 @@ def all(x): return True
 math = Any()
 """
     assert scores([ADD, adaptive], tests) == [1.0, 0.0]
+
+
+def test_a_program_cannot_look_into_functions_that_it_is_given():
+    program = "def apply(f):\n    return f.__globals__['expected']"
+    assert score(program, "expected = 12345\nassert apply(lambda: 0) == expected") == 0.0
+    assert score("def apply(f): return f() + 1", "expected = 1\nassert apply(lambda: 0) == expected") == 1.0
+
+
+def test_a_program_that_speaks_for_itself_cannot_replace_the_tests_built_in_functions():
+    program = """
+import sys
+def add(a, b): return 0
+peer = sys._getframe(1).f_locals['peer']
+peer.objects = [add, lambda *a: True]
+peer.send(names={'add': {'mine': 0}, '__builtins__': {'dict': [['all', {'mine': 1}]]}}, errors={})
+while True: peer.answer(peer.receive())
+"""
+    tests = "from solution import *\nassert all(sum == 3 for sum in [add(1, 2)])"
+    assert scores([ADD, program], tests) == [1.0, 0.0]
+    assert score(program, "assert add(1, 2) == 0") == 1.0  # it does speak the protocol
 
 
 def test_what_crosses_between_tests_and_program():

@@ -94,7 +94,7 @@ def spy_on_scores(trainer) -> list[tuple[torch.Tensor, dict]]:
     def spy(model, batch, views):
         result = score(model, batch, views)
         if trainer._loss_inputs is not None:
-            seen.append((result[0].detach().clone(), batch))
+            seen.append(((views.weights * result[0]).sum(1).detach(), batch))
         return result
 
     trainer._score = spy

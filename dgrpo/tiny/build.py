@@ -35,7 +35,7 @@ class Corpus:
 
 
 CORPORA = {
-    "gsm8k": Corpus(problems.sft_examples, num_examples=38400, completion_canvas=16, steps=1800, width=96, mlp=256),
+    "gsm8k": Corpus(problems.sft_examples, num_examples=38400, completion_canvas=16, steps=2400, width=96, mlp=256),
     "sudoku": Corpus(
         sudoku.sft_examples, num_examples=25600, completion_canvas=20, steps=400, width=64, mlp=176, digits_per_token=1
     ),

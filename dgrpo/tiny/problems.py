@@ -36,9 +36,9 @@ NAMES = [
     "Sue",
 ]
 ITEMS = ["apples", "pears", "plums", "nuts", "cups", "pens", "books", "cards", "coins", "shells", "stamps", "beads"]
-OPERANDS = range(2, 15)
+OPERANDS = range(2, 13)
 RESULTS = range(100)
-HELD_OUT_SHARE = 0.1
+HELD_OUT_SHARE = 0.15
 # Every operation of a held-out problem occurs in at least this many training lines: rare ones (48+24) stay there.
 MIN_TRAINING_LINES = 8
 

@@ -37,7 +37,7 @@ def load_state(trainer: "DiffuGRPOTrainer", folder: Path) -> None:
     state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
     if state["num_processes"] != trainer.accelerator.num_processes:
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r} was written by {state['num_processes']} processes and this run has "
+            f"resume_from_checkpoint={str(folder)!r} comes from {state['num_processes']} processes, this run has "
             f"{trainer.accelerator.num_processes}; resume with the same number."
         )
     trainer._step, trainer._buffered_inputs = state["step"], state["buffered_inputs"]

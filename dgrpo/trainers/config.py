@@ -6,6 +6,7 @@ import torch
 from trl import GRPOConfig
 
 from dgrpo.estimators import ESTIMATORS
+from dgrpo.objectives import NEEDS_WHOLE_GROUPS, OBJECTIVES, check_combination
 from dgrpo.sampling import SamplerConfig
 from dgrpo.trainers.plugins import resolve_estimator
 
@@ -70,6 +71,10 @@ class DiffuGRPOConfig(GRPOConfig):
     estimator_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Settings of the estimator, as a mapping (JSON on the command line)."}
     )
+    objective: str | None = field(
+        default=None, metadata={"help": f"Loss instead of TRL's (loss_type): {', '.join(OBJECTIVES)}."}
+    )
+    objective_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the objective."})
     p_mask_prompt: float = field(default=0.15, metadata={"help": "one_step: share of prompt tokens hidden."})
     prompt_mask_scope: str = field(
         default="group",
@@ -80,7 +85,7 @@ class DiffuGRPOConfig(GRPOConfig):
     score_temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it in scoring."})
     views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs", "objective_kwargs"]
 
     def __post_init__(self):
         for name, (neutral, reason) in _REFUSED.items():
@@ -89,9 +94,9 @@ class DiffuGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutral!r}.")
         if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size}: with prompt_mask_scope='group' a "
-                f"micro-batch holds whole groups; make it a multiple of num_generations={self.num_generations}, or set "
-                "prompt_mask_scope='row'."
+                f"per_device_train_batch_size={self.per_device_train_batch_size}: what a group shares needs it whole; "
+                f"make it a multiple of num_generations={self.num_generations}, or set "
+                "prompt_mask_scope='row' where the objective allows it."
             )
         if self.bf16 is None:
             # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
@@ -99,6 +104,7 @@ class DiffuGRPOConfig(GRPOConfig):
         super().__post_init__()
         self.sampler()
         resolve_estimator(self.estimator)
+        check_combination(self.estimator, self.importance_sampling_level, objective=self.objective, beta=self.beta)
         if self.prompt_mask_scope not in ("group", "row"):
             raise ValueError(f"prompt_mask_scope={self.prompt_mask_scope!r}: choose 'group' or 'row'.")
         if not 0 <= self.p_mask_prompt <= 1:
@@ -110,7 +116,7 @@ class DiffuGRPOConfig(GRPOConfig):
     @property
     def whole_groups(self) -> bool:
         """Whether the rollouts of one prompt must stay together in a micro-batch."""
-        return self.prompt_mask_scope == "group"
+        return self.prompt_mask_scope == "group" or self.objective in NEEDS_WHOLE_GROUPS
 
     def sampler(self) -> SamplerConfig:
         """The rollouts' sampler; it has no settings of its own."""

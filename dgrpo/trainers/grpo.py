@@ -6,7 +6,6 @@ N masked views, mu inner updates per rollout batch.
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +17,13 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad, split_tensor_dict, use_adapter
 
 from dgrpo.logprobs import mean_entropy, score_views
+from dgrpo.objectives import ObjectiveInputs
 from dgrpo.sampling import Rollout, generate
 from dgrpo.sampling.draw import row_keys
 from dgrpo.trainers import checkpoints
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
-from dgrpo.trainers.plugins import resolve_estimator
+from dgrpo.trainers.plugins import configured_estimator, configured_objective
 from dgrpo.trainers.rewards import check_columns, guarded
 from dgrpo.views import MaskedViews, draw_views, stream
 
@@ -84,7 +84,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
         if self._tokenizer.mask_token_id is None:
             raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
         self.sampler_config = args.sampler()
-        self.estimator = estimator or _estimator(args)
+        self.estimator = estimator or configured_estimator(args)
+        self.objective = None if args.objective is None else configured_objective(args)
 
     @property
     def _mode(self) -> str:
@@ -225,33 +226,38 @@ class DiffuGRPOTrainer(GRPOTrainer):
         first = self._draws_before_update
         if first >= self.num_iterations:
             return batch
-        return batch | {"old_per_token_logps": self._logps_of_draws(self.model, batch, first)}
+        per_view = self._logps_of_draws(self.model, batch, first)
+        old = {"old_per_token_logps": (batch["weights"] * per_view).sum(2)}
+        if self.args.objective == "bgpo":
+            old["old_logps_per_view"] = per_view
+        return batch | old
 
     def _with_reference(self, batch: dict) -> dict:
         """`batch` with ref_per_token_logps [B, mu, C]: the reference model's, or this one's without its adapter."""
         if self.beta == 0.0:
             return batch
         if self.ref_model is not None:
-            return batch | {"ref_per_token_logps": self._logps_of_draws(self.ref_model, batch)}
-        model = self.accelerator.unwrap_model(self.model)
-        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-            return batch | {"ref_per_token_logps": self._logps_of_draws(self.model, batch)}
+            per_view = self._logps_of_draws(self.ref_model, batch)
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                per_view = self._logps_of_draws(self.model, batch)
+        return batch | {"ref_per_token_logps": (batch["weights"] * per_view).sum(2)}
 
     @torch.no_grad()
     def _logps_of_draws(self, model, batch: dict, first: int = 0) -> Tensor:
-        """[B, mu, C]: each draw in a pass of its own, on the same rows as in the update, so that rounding agrees."""
-        num_draws = batch["hidden"].shape[1]
-        logps = batch["weights"].new_zeros(len(batch["weights"]), num_draws, batch["weights"].shape[-1])
-        for draw in range(first, num_draws):
+        """[B, mu, N, C]: each draw in a call of its own, on the rows of the update, so that rounding agrees."""
+        logps = torch.zeros_like(batch["weights"])
+        for draw in range(first, logps.shape[1]):
             logps[:, draw] = self._score(
                 model, batch, MaskedViews(batch["hidden"][:, draw], batch["weights"][:, draw])
             )[0]
         return logps
 
     def _score(self, model, batch: dict, views: MaskedViews) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies of the completion tokens under `views`, both [B, C]."""
+        """log p(token | picture) and the entropies there under `views`, both [B, N, C]."""
         with self.accelerator.autocast():
-            logps, entropies = score_views(
+            return score_views(
                 model,
                 batch["prompt_ids"],
                 batch["prompt_mask"],
@@ -262,16 +268,16 @@ class DiffuGRPOTrainer(GRPOTrainer):
                 views_per_pass=self.args.views_per_pass,
                 entropy_grad=self._entropy_bonus_enabled,
             )
-        return (views.weights * logps).sum(1), mean_entropy(entropies, views)
 
     def _slice(self, batch: dict, iteration: int) -> dict:
         """What one inner iteration sees of the batch."""
         inputs = dict(batch)
-        for key in ("hidden", "weights", "old_per_token_logps", "ref_per_token_logps"):
+        for key in ("hidden", "weights", "old_per_token_logps", "old_logps_per_view", "ref_per_token_logps"):
             if key in inputs:
                 inputs[key] = inputs[key][:, iteration]
         if self._mode == "train" and iteration < self._draws_before_update:
             inputs.pop("old_per_token_logps", None)
+            inputs.pop("old_logps_per_view", None)
         if self._mode == "train" and self._skips_idle_rows:
             inputs["weights"] = inputs["weights"] * (inputs["advantages"] != 0)[:, None, None]
             if "old_per_token_logps" in inputs:
@@ -281,7 +287,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
     @property
     def _skips_idle_rows(self) -> bool:
         """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
-        return self.beta == 0.0 and not self._entropy_bonus_enabled and self.top_entropy_quantile == 1.0
+        drives = (self.beta != 0.0, self._entropy_bonus_enabled, self.top_entropy_quantile < 1.0, self.args.objective)
+        return not any(drives)
 
     def _save_checkpoint(self, model, trial):
         # Written first: trainer_state.json, nearly the last file of the parent's, then marks a whole checkpoint.
@@ -294,11 +301,35 @@ class DiffuGRPOTrainer(GRPOTrainer):
             checkpoints.load_state(self, Path(checkpoint))
 
     def _compute_loss(self, model, inputs):
+        if self.args.objective is not None:
+            return self._objective_loss(model, inputs)
         self._loss_inputs = inputs
         try:
             return super()._compute_loss(model, inputs)
         finally:
             self._loss_inputs = None
+
+    def _objective_loss(self, model, inputs: dict) -> Tensor:
+        """The loss of `args.objective`, averaged over the accumulated micro-batches; its metrics are logged."""
+        views = MaskedViews(inputs["hidden"], inputs["weights"])
+        logps, entropies = self._score(model, inputs, views)
+        batch = ObjectiveInputs(
+            logps_per_view=logps,
+            weights=views.weights,
+            old_logps=inputs.get("old_per_token_logps"),
+            ref_logps=inputs.get("ref_per_token_logps"),
+            advantages=inputs["advantages"],
+            completion_mask=inputs["completion_mask"].bool(),
+            group=inputs["group"],
+            old_logps_per_view=inputs.get("old_logps_per_view"),
+        )
+        loss, found = self.objective(batch)
+        mask = batch.completion_mask
+        found = found | {"entropy": (mean_entropy(entropies, views).detach() * mask).sum() / mask.sum().clamp(min=1)}
+        for name, value in found.items():
+            name = {"clip_ratio": "clip_ratio/region_mean"}.get(name, name)
+            self._metrics[self._mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
+        return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1.0)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -308,17 +339,12 @@ class DiffuGRPOTrainer(GRPOTrainer):
         if self._loss_inputs is None:
             return None, None, None
         inputs = self._loss_inputs
-        logps, entropies = self._score(model, inputs, MaskedViews(inputs["hidden"], inputs["weights"]))
+        views = MaskedViews(inputs["hidden"], inputs["weights"])
+        per_view, entropies_per_view = self._score(model, inputs, views)
+        logps, entropies = (views.weights * per_view).sum(1), mean_entropy(entropies_per_view, views)
         scored = (inputs["weights"] != 0).any(1)
         if self._skips_idle_rows and scored.any():
             # The entropy metric is an average over all rows: rows that were skipped take the average of the others.
             rows = inputs["advantages"] == 0
             entropies = torch.where(rows[:, None], entropies[scored].mean(), entropies)
         return logps, entropies, None
-
-
-def _estimator(args: DiffuGRPOConfig) -> Callable[..., MaskedViews]:
-    settings = dict(args.estimator_kwargs or {})
-    if args.estimator == "one_step":
-        settings = {"p_mask_prompt": args.p_mask_prompt, "prompt_mask_scope": args.prompt_mask_scope} | settings
-    return partial(resolve_estimator(args.estimator), **settings)

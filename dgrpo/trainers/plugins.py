@@ -1,10 +1,16 @@
-"""Functions that a setting names: rewards and estimators of the user's own."""
+"""Functions that a setting names: estimators, objectives and rewards, the user's own among them."""
 
 import importlib
+import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 
+from torch import Tensor
+
 from dgrpo.estimators import ESTIMATORS
+from dgrpo.objectives import OBJECTIVES, ObjectiveInputs
+from dgrpo.views import MaskedViews
 
 REWARD_GROUP = "dgrpo.rewards"
 
@@ -28,7 +34,7 @@ def resolve_reward(name: str) -> Callable:
     offered = {point.name: point for point in entry_points(group=REWARD_GROUP)}
     if name not in offered:
         raise ValueError(
-            f"reward_funcs: {name!r} is neither 'package.module:function' nor installed ({', '.join(sorted(offered))})."
+            f"reward_funcs: {name!r} is no 'package.module:function' and not installed ({', '.join(sorted(offered))})."
         )
     return offered[name].load()
 
@@ -40,3 +46,22 @@ def resolve_estimator(name: str) -> Callable:
     if name not in ESTIMATORS:
         raise ValueError(f"estimator={name!r}: choose {', '.join(ESTIMATORS)} or package.module:function.")
     return ESTIMATORS[name]
+
+
+def configured_objective(args) -> Callable[[ObjectiveInputs], tuple[Tensor, dict[str, Tensor]]]:
+    """The objective with its settings; those that it shares with TRL (epsilon, beta) are TRL's fields."""
+    objective = OBJECTIVES[args.objective]
+    shared = {name: getattr(args, name) for name in ("epsilon", "epsilon_high", "beta")}
+    return partial(objective, **_accepted(objective, shared) | (args.objective_kwargs or {}))
+
+
+def configured_estimator(args) -> Callable[..., MaskedViews]:
+    """The estimator with its settings; those that it shares with the config are the config's fields."""
+    estimator = resolve_estimator(args.estimator)
+    shared = {name: getattr(args, name) for name in ("p_mask_prompt", "prompt_mask_scope", "block_length")}
+    return partial(estimator, **_accepted(estimator, shared) | (args.estimator_kwargs or {}))
+
+
+def _accepted(function: Callable, settings: dict) -> dict:
+    """Those of `settings` that are parameters of the function."""
+    return {name: value for name, value in settings.items() if name in inspect.signature(function).parameters}

@@ -1,0 +1,23 @@
+"""Folds trained adapters into their base model: a folder that loads like the base.
+
+    python recipes/merge.py --adapter runs/sft --adapter runs/gsm8k --output_dir merged
+
+Adapters are folded in the order given: of an SFT adapter and one trained on top of it, SFT's comes first.
+"""
+
+import argparse
+
+from dgrpo.models.merge import merge_adapters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", action="append", default=[], help="Adapter folder; may be given several times.")
+    parser.add_argument("--base", help="Base model; default: what the first adapter was trained on.")
+    parser.add_argument("--output_dir", required=True)
+    arguments = parser.parse_args()
+    print(merge_adapters(arguments.adapter, arguments.output_dir, base=arguments.base))
+
+
+if __name__ == "__main__":
+    main()
