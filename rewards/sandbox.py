@@ -43,7 +43,8 @@ Running = tuple[subprocess.Popen[bytes], IO[bytes]]
 class Limits:
     """What one program may use; a program that wants more fails, or is killed."""
 
-    wall_seconds: float = 4.0
+    wall_seconds: float = 10.0
+    """A last resort for programs that sleep; a busy machine must not make an honest program fail."""
     cpu_seconds: int = 3
     memory_mib: int = 512
     file_mib: int = 1

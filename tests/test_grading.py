@@ -308,7 +308,7 @@ def test_no_text_makes_d1s_rules_raise_or_stall():
     texts += ["\\frac" * 9_000, "\\sqrt" * 9_000, "(" * 50_000, "\ud800\x00", "```" * 16_000, "1=" * 25_000]
     for task, rule in D1.items():
         for text in texts:
-            started = time.monotonic()
+            started = time.process_time()
             for wrapped in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):
                 assert rule(item(wrapped, golds[task], SUDOKU)).right == 0
-            assert time.monotonic() - started < 3.0, (task, text[:20])
+            assert time.process_time() - started < 3.0, (task, text[:20])

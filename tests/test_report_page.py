@@ -173,6 +173,5 @@ def test_report_of_300_steps_is_small_and_opens_fast(chromium, tmp_path):
     page = write_report(run)
     assert page.stat().st_size < 5_000_000
     chromium.open(page)
-    print("CPU", chromium.cpu_seconds())
     assert 0 < chromium.cpu_seconds() < 1.0
     assert chromium.problems == []

@@ -180,7 +180,7 @@ def add(a, b):
 
 
 def test_hostile_programs_score_zero(monkeypatch):
-    monkeypatch.setattr(code, "LIMITS", sandbox.Limits(wall_seconds=3.0, cpu_seconds=1))
+    monkeypatch.setattr(code, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
     got = scores(HOSTILE.values(), TESTS)
     assert dict(zip(HOSTILE, got, strict=True)) == dict.fromkeys(HOSTILE, 0.0)
 
@@ -354,7 +354,7 @@ def test_a_function_named_like_a_built_in_one_is_the_programs_when_it_is_what_is
 
 
 def test_tests_before_a_limit_count(monkeypatch):
-    monkeypatch.setattr(code, "LIMITS", sandbox.Limits(wall_seconds=2.0, cpu_seconds=1))
+    monkeypatch.setattr(code, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
     program = "def add(a, b):\n    while a > 5: pass\n    return a + b"
     assert score(program, TESTS) == 0.5
 

@@ -83,9 +83,9 @@ TEXTS = st.one_of(
 def check(reward, text):
     columns = {name: [value, value] for name, value in COLUMNS.items()}
     completions = [text, [{"role": "assistant", "content": text}]]
-    started = time.monotonic()
+    started = time.process_time()
     scores = reward(prompts=[None, None], completions=completions, completion_ids=[[], []], **columns)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     assert len(scores) == 2
     assert scores[0] == scores[1]
     assert type(scores[0]) is float

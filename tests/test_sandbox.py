@@ -75,8 +75,8 @@ def test_errors_and_exit_codes_are_reported(mode):
 
 def test_endless_work_ends_at_the_limit_of_cpu_time(mode):
     started = time.monotonic()
-    outcome = run("while True: pass", Limits(cpu_seconds=1, wall_seconds=20))
-    assert time.monotonic() - started < 10
+    outcome = run("while True: pass", Limits(cpu_seconds=1, wall_seconds=40))
+    assert time.monotonic() - started < 30
     assert outcome.exit_code != 0
     assert not outcome.timed_out
 
@@ -84,7 +84,7 @@ def test_endless_work_ends_at_the_limit_of_cpu_time(mode):
 def test_sleep_ends_at_the_limit_of_wall_time(mode):
     started = time.monotonic()
     assert run("import time\ntime.sleep(60)", Limits(wall_seconds=1)).timed_out
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_ignored_signals_do_not_prolong_it(mode):
@@ -94,7 +94,7 @@ for number in range(1, 32):
     try: signal.signal(number, signal.SIG_IGN)
     except (OSError, ValueError): pass
 """
-    outcome = run(program + "while True: pass", Limits(cpu_seconds=1, wall_seconds=10))
+    outcome = run(program + "while True: pass", Limits(cpu_seconds=1, wall_seconds=40))
     assert outcome.exit_code == -signal.SIGKILL or outcome.exit_code == 128 + signal.SIGKILL
 
 
@@ -106,10 +106,10 @@ def test_memory_bomb(mode):
 
 
 def test_endless_output_is_cut_off(mode):
-    outcome = run("while True: print('x' * 1000)", Limits(file_mib=1, wall_seconds=3))
+    outcome = run("while True: print('x' * 1000)", Limits(file_mib=1, cpu_seconds=1))
     assert outcome.exit_code != 0
     assert len(outcome.output) <= 2**20
-    outcome = run("import os\nwhile True: os.write(2, b'x' * 4096)", Limits(file_mib=1, wall_seconds=3))
+    outcome = run("import os\nwhile True: os.write(2, b'x' * 4096)", Limits(file_mib=1, cpu_seconds=1))
     assert len(outcome.output) <= 2**20
 
 
