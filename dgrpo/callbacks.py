@@ -38,11 +38,9 @@ def metrics_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
 class ProgressLine(ProgressCallback):
     """transformers' progress bar; a line of metrics for every rollout, and a completion now and then."""
 
-    def __init__(self, sample_every: int = 0):
+    def __init__(self, trainer: DiffuGRPOTrainer, sample_every: int = 0):
         super().__init__()
-        self.sample_every = sample_every
-        self.trainer: DiffuGRPOTrainer | None = None
-        self.rollouts = 0
+        self.trainer, self.sample_every, self.rollouts = trainer, sample_every, 0
 
     def write(self, text: str) -> None:
         (self.training_bar or tqdm).write(text)
@@ -102,12 +100,10 @@ class MetricsFile(TrainerCallback):
 class HeldOutEvaluation(TrainerCallback):
     """Greedy accuracy on held-out problems before, every `every` updates, and after training; disturbs nothing."""
 
-    def __init__(self, task: Task, rows: Dataset, every: int, batch_size: int, metrics: MetricsFile):
-        self.task, self.rows, self.every, self.batch_size, self.metrics = task, list(rows), every, batch_size, metrics
-        self.trainer: DiffuGRPOTrainer | None = None
+    def __init__(self, trainer: DiffuGRPOTrainer, task: Task, rows: Dataset, every: int, metrics: MetricsFile):
+        self.trainer, self.task, self.rows, self.every, self.metrics = trainer, task, list(rows), every, metrics
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
-        self._last_step = -1
 
     def measure(self) -> Evaluation:
         trainer, accelerator = self.trainer, self.trainer.accelerator
@@ -129,14 +125,13 @@ class HeldOutEvaluation(TrainerCallback):
                 self.rows,
                 self.task.grade,
                 greedy(trainer.sampler_config),
-                batch_size=self.batch_size,
+                batch_size=trainer.args.per_device_eval_batch_size,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
                 any_rank=trainer.any_process if accelerator.num_processes > 1 else bool,
                 on_batch=bar.update,
             )
         step = trainer.state.global_step
-        self._last_step = step
         logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
         if trainer.state.is_world_process_zero:
             self.metrics.add(step, logs)
@@ -173,6 +168,4 @@ def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> N
     for printed in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printed)
     for callback in callbacks:
-        if hasattr(type(callback), "write") or isinstance(callback, HeldOutEvaluation):
-            callback.trainer = trainer
         trainer.add_callback(callback)

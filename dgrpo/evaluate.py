@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgrpo.grading import wilson_interval
 from dgrpo.sampling import SamplerConfig, generate
@@ -71,7 +71,7 @@ def encode_prompts(tokenizer, prompts: Sequence, device: torch.device) -> tuple[
 
 
 def evaluate(
-    model: nn.Module,
+    model: Any,
     tokenizer,
     rows: Sequence[dict[str, Any]],
     grade: Callable[..., list[float | None]],
@@ -107,11 +107,11 @@ def evaluate(
         prompts = [row["prompt"] for row in part]
         columns = {name: [row[name] for row in part] for name in part[0] if name != "prompt"}
         grades = grade(prompts=prompts, completions=completions, **columns)
-        reasons = format_reward(prompts=prompts, completions=completions)
+        shows = format_reward(prompts=prompts, completions=completions)
         lengths = rollout.completion_mask.sum(1).tolist()
         found += [
             (text, mark == 1.0, reason == 1.0, length)
-            for text, mark, reason, length in zip(texts, grades, reasons, lengths, strict=True)
+            for text, mark, reason, length in zip(texts, grades, shows, lengths, strict=True)
         ]
         if on_batch is not None:
             on_batch(len(part))

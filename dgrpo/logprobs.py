@@ -4,9 +4,10 @@ Shapes: B rollouts, N views of each, P prompt tokens, C completion tokens, L = P
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dgrpo.models.predictor import Scores, ScoringPass
@@ -38,7 +39,7 @@ def scoring_pass(
 
 
 def score_views(
-    model: nn.Module,
+    model: Any,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     completion_ids: Tensor,
@@ -85,7 +86,7 @@ def score_views(
 
 
 def per_token_logps(
-    model: nn.Module,
+    model: Any,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     completion_ids: Tensor,

@@ -157,8 +157,8 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
     metrics = MetricsFile(output_dir / "metrics.csv")
-    evaluation = HeldOutEvaluation(task, held_out, recipe.evaluate_every, args.per_device_eval_batch_size, metrics)
-    attach(trainer, [metrics, ProgressLine(recipe.sample_every), evaluation])
+    evaluation = HeldOutEvaluation(trainer, task, held_out, recipe.evaluate_every, metrics)
+    attach(trainer, [metrics, ProgressLine(trainer, recipe.sample_every), evaluation])
     if trainer.accelerator.is_main_process:
         _write_config(output_dir, recipe, args, model_name)
     started, cpu_started = time.perf_counter(), time.process_time()

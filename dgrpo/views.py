@@ -65,8 +65,8 @@ def draw_views(
     rest of the batch, its width, or the process that holds it.
     """
     prompt_width = rollout.prompt_mask.shape[1]
-    hidden: list[Tensor | None] = [None] * len(unit)
-    weights: list[Tensor | None] = [None] * len(unit)
+    hidden: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
     unit_numbers = unit.tolist()
     for number in dict.fromkeys(unit_numbers):
         rows = [row for row, other in enumerate(unit_numbers) if other == number]
@@ -78,4 +78,5 @@ def draw_views(
         stacked_weights = torch.stack([views.weights for views in draws], 1)
         for index, row in enumerate(rows):
             hidden[row], weights[row] = stacked[index], stacked_weights[index]
-    return torch.stack(hidden), torch.stack(weights)
+    order = range(len(unit_numbers))
+    return torch.stack([hidden[row] for row in order]), torch.stack([weights[row] for row in order])

@@ -104,7 +104,7 @@ def test_weights_of_mixed_precision_keep_theirs(tmp_path):
 
 
 def test_adapters_are_folded_in_their_order(tmp_path):
-    """SFT's adapter, then one that RL trained on top of it, in one call."""
+    """SFT's adapter, then one that RL trained on the merged model, in one call."""
     base = published.write_checkpoint(tmp_path / "base", "llada")
     sft = write_adapter(base, tmp_path / "sft", seed=1)
     between = merge_adapters(tmp_path / "sft", tmp_path / "between")
@@ -115,6 +115,18 @@ def test_adapters_are_folded_in_their_order(tmp_path):
         torch.testing.assert_close(after[name], before[name] + delta + rl[name], rtol=0, atol=2e-6)
     again = merge_adapters(tmp_path / "rl", tmp_path / "again", base=between)
     assert all(torch.equal(weight, after[name]) for name, weight in stored(again).items())
+
+
+def test_an_adapter_that_went_on_from_another_is_not_folded_on_top_of_it(tmp_path):
+    base = published.write_checkpoint(tmp_path / "base", "llada")
+    write_adapter(base, tmp_path / "sft")
+    model, _ = load_model(base, adapter=str(tmp_path / "sft"))
+    model.save_pretrained(tmp_path / "rl")
+    with pytest.raises(ValueError, match="it holds it already: fold it alone"):
+        merge_adapters([tmp_path / "sft", tmp_path / "rl"], tmp_path / "merged")
+    merged = stored(merge_adapters(tmp_path / "rl", tmp_path / "merged"))
+    expected = stored(merge_adapters(tmp_path / "sft", tmp_path / "expected"))
+    assert all(torch.equal(weight, expected[name]) for name, weight in merged.items())
 
 
 def test_a_tied_head_follows_the_embedding(tmp_path):

@@ -33,14 +33,13 @@ def merge_adapters(
 ) -> Path:
     """The folder `output_dir` with the base model into which `adapters` are folded, one after the other.
 
-    adapters: folders or hub names; of an SFT adapter and one trained on top of it, SFT's comes first. None of them:
-    a copy of the base, equal in every bit. base: the model that the first adapter names, unless given.
+    adapters: folders or hub names. Several of them: each was trained on the base with those before it folded in; an
+    adapter that another one *went on from* is part of that one already. None of them: a copy of the base, equal in
+    every bit. base: the model that the first adapter names, unless given.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if base is None:
-        if not adapters:
-            raise ValueError("base=None: without an adapter, say which model to write.")
-        base = PeftConfig.from_pretrained(str(adapters[0])).base_model_name_or_path
+        base = _base_of(adapters)
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output_dir={str(output)!r} is not an empty folder; choose another.")
@@ -61,6 +60,20 @@ def merge_adapters(
         shutil.copyfile(source / _INDEX, output / _INDEX)
     copy_companions(source, output)
     return output
+
+
+def _base_of(adapters: list) -> str:
+    """The model that the first adapter was trained on; ValueError if others were trained on the same."""
+    if not adapters:
+        raise ValueError("base=None: without an adapter, say which model to write.")
+    base, *others = (PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path for adapter in adapters)
+    if base in others:
+        again = str(adapters[1 + others.index(base)])
+        raise ValueError(
+            f"adapter {again!r} was trained on {base!r} itself, as {str(adapters[0])!r} was. If it went on from that "
+            "one, it holds it already: fold it alone. If it was trained with the others folded in, give `base`."
+        )
+    return base
 
 
 def copy_companions(source: str | Path, output_dir: str | Path) -> None:

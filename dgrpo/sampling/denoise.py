@@ -6,6 +6,7 @@ n positions of the current block that may be chosen, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         config: SamplerConfig,
         canvas: Tensor,
         prompt_mask: Tensor,
@@ -67,7 +68,7 @@ class Denoiser:
         # The record of the whole batch.
         is_open = canvas[:, self.prompt_width :] == self.mask_token_id
         self.canvas = canvas
-        self.revealed_at = torch.where(is_open, self.num_steps, -1)
+        self.revealed_at = is_open.long() * (self.num_steps + 1) - 1
         self.confidence = (~is_open).float()
         self.entropy = torch.zeros_like(self.confidence)
         self.cache: WindowCache | None = None
@@ -177,6 +178,7 @@ class Denoiser:
             self.cache.window = slice(begin, stop)
             return logits
         window = self.cache.window
+        assert window is not None
         return self._pass(self.ids[:, window], self.attention_mask, at - window.start, self.cache)
 
     def _pass(

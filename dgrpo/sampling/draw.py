@@ -38,6 +38,7 @@ def draw_tokens(logits: Tensor, temperature: float, noise: Tensor | None) -> Ten
     """
     if temperature == 0:
         return logits.argmax(-1)
+    assert noise is not None
     cdf = logits - logits.amax(-1, keepdim=True)
     if temperature != 1:
         cdf /= temperature
@@ -51,6 +52,7 @@ def draw_tokens(logits: Tensor, temperature: float, noise: Tensor | None) -> Ten
 def confidence_of(logits: Tensor, tokens: Tensor, config: SamplerConfig, noise: Tensor | None) -> Tensor:
     """What decides the order of commitment, higher first: [...] float32 for logits [..., V] and drawn tokens [...]."""
     if config.remasking == "random":
+        assert noise is not None
         return noise.float()
     if config.remasking == "low_confidence":
         # log p / (1 - p), which orders as p does; p would round to 1 in float32 (the published code takes float64).
@@ -93,6 +95,7 @@ def commit_parallel(
         count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
         fine = (count + 1) * (1 - sorted_probs) < config.factor
     else:
+        assert config.entropy_bound is not None
         sorted_entropy = entropy.gather(1, order)
         fine = sorted_entropy.cumsum(1) - sorted_entropy.cummax(1).values <= config.entropy_bound
     prefix = fine.int().cumprod(1).sum(1).clamp(min=1)

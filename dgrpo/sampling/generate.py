@@ -1,16 +1,17 @@
 """Sampling completions: the public entry to the reverse process."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
 from dgrpo.sampling.rollout import Rollout, ended
 
 
-def end_token_ids(model: nn.Module) -> Tensor:
+def end_token_ids(model: Any) -> Tensor:
     """Every token id that ends a completion; the first one also fills the canvas after the end."""
     ids = model.generation_config.eos_token_id
     ids = model.config.eos_token_id if ids is None else ids
@@ -22,7 +23,7 @@ def _same_prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     config: SamplerConfig,

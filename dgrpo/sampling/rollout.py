@@ -1,6 +1,7 @@
 """What one round of sampling produced, and how."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Rollout:
 
     def rows(self, index: list[int]) -> "Rollout":
         """The chosen rows, without padding that all of them share."""
-        picked = {
+        picked: dict[str, Any] = {
             field.name: value[index]
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
