@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dgrpo.grading_d1 import D1, Item, sudoku_puzzle
 from rewards import code, countdown, gsm8k, math500, sudoku
@@ -65,7 +66,7 @@ def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
 
 def strict_scores(task: str, items: list[dict], texts: list[str]) -> list[float | None]:
     """The task's own reward of each stored text."""
-    golds = [item.get("ground_truth") for item in items]
+    golds: list[Any] = [item.get("ground_truth") for item in items]
     if task == "gsm8k":
         return gsm8k.correctness_reward(items, texts, golds)
     if task == "math500":
