@@ -390,6 +390,20 @@ def test_trace_scores_are_the_samplers_own_probabilities(model, prompts, block_l
         torch.testing.assert_close(logps[whole].exp(), rollout.confidence[whole], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("length", "num_open"), [(6, 3), (3, 2), (2, 1), (1, 1)])
+def test_block_random_views_have_blocks_of_their_own_and_share_the_weight(length, num_open):
+    rollout = rows_of(400, 6, length)
+    views = estimators.block_random(rollout, generator=seeded(), block_length=2, num_samples=2, p_mask_prompt=0.0)
+    hidden = views.hidden[..., 2:]
+    block = hidden.int().argmax(2) // 2
+    assert (block < num_open).all()
+    assert ((block[:, 0] == block[:, 1]) == (num_open == 1)).all()
+    scoring = hidden[..., :length].any(2)
+    expected = torch.where(scoring, length / scoring.sum(1, keepdim=True).clamp(min=1), 0.0)
+    torch.testing.assert_close(views.weights.sum(2), expected)
+    assert scoring.all() == (length % 2 == 0)
+
+
 @EVERY
 def test_padding_on_the_left_changes_nothing(rollout, name, settings):
     wider = replace(

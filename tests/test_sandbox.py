@@ -287,7 +287,7 @@ def test_a_program_dies_with_the_process_that_started_it(mode, tmp_path):
         assert Path(f"/proc/{pid}").exists()
         trainer.kill()
         trainer.wait()
-    for _ in range(50):
+    for _ in range(300):
         state = Path(f"/proc/{pid}/stat")
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
             return
