@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from typing import Any
 
 from dgrpo.grading_d1 import D1, Item, sudoku_puzzle
 from rewards import code, countdown, gsm8k, math500, sudoku
@@ -64,7 +65,7 @@ def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
     return max((center - width) / scale, 0.0), min((center + width) / scale, 1.0)
 
 
-def strict_scores(task: str, items: list[dict], texts: list[str]) -> list[float | None]:
+def strict_scores(task: str, items: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
     """The task's own reward of each stored text."""
     golds: list[Any] = [item.get("ground_truth") for item in items]
     if task == "gsm8k":
@@ -82,7 +83,7 @@ def strict_scores(task: str, items: list[dict], texts: list[str]) -> list[float 
     return sudoku.cells_reward(items, texts, puzzles, golds)
 
 
-def grade_strictly(task: str, items: list[dict]) -> list[Item]:
+def grade_strictly(task: str, items: list[dict[str, Any]]) -> list[Item]:
     """Stored texts graded by the task's reward."""
     texts = [END_OF_TEXT.split(item["generations"], maxsplit=1)[0] for item in items]
     return [
@@ -108,15 +109,16 @@ def setup_name(path: str | Path) -> str:
     return re.sub(r"(?:_\d+)?_generations$", "", Path(path).stem)
 
 
-def read_generations(path: str | Path) -> list[dict]:
+def read_generations(path: str | Path) -> list[dict[str, Any]]:
     """The texts of one file."""
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not isinstance(data.get("generations"), list):
         raise ValueError(f'{path}: not a file of generations, which is {{"generations": [...]}}')
-    return data["generations"]
+    items: list[dict[str, Any]] = data["generations"]
+    return items
 
 
-def grade(items: Iterable[dict], task: str, protocol: str = "strict") -> Report:
+def grade(items: Iterable[dict[str, Any]], task: str, protocol: str = "strict") -> Report:
     """Grade texts of one task by a protocol, `strict` or `d1` (see the module)."""
     if protocol not in ("strict", "d1"):
         raise ValueError(f"protocol {protocol!r} is neither 'strict' nor 'd1'")

@@ -69,7 +69,7 @@ def to_float(text: str, which: int) -> float | None:
         return float(numbers[which]) if numbers else None
 
 
-def d1_gsm8k(item: dict) -> Item:
+def d1_gsm8k(item: dict[str, Any]) -> Item:
     r"""The first `\boxed{...}` with a number in it, up to the first brace, on one line, counts; else `<answer>`.
 
     Of several numbers in a box the first counts, in an answer block the last. A thousands separator ends a number.
@@ -181,7 +181,7 @@ def same_latex(answer: str, gold: object) -> bool:
         return answer == gold
 
 
-def d1_math500(item: dict) -> Item:
+def d1_math500(item: dict[str, Any]) -> Item:
     """The last box (`last_box`: it may be the whole text) counts; `<answer>` where braces stay open or it is empty."""
     text = item.get("generations", "")
     answer = last_box(text)
@@ -237,7 +237,7 @@ def equals_target(equation: str, numbers: Sequence[int], target: float) -> bool:
         return False
 
 
-def d1_countdown(item: dict) -> Item:
+def d1_countdown(item: dict[str, Any]) -> Item:
     r"""The last box (`last_box`) counts; where braces stay open, `<answer>`, or else the whole text.
 
     `\div`, `\times` and `\cdot` are operators. Where some `expression = number` stands in it, the first one's
@@ -275,7 +275,7 @@ GRIDS = [
 ]
 
 
-def d1_sudoku(item: dict) -> Item:
+def d1_sudoku(item: dict[str, Any]) -> Item:
     """The share of empty cells that agree with the reference, in the first place of `GRIDS` that is not blank.
 
     White space is dropped; the rest, digits or not, is padded or cut to 16 characters. Clues are not looked at.
@@ -294,7 +294,7 @@ def d1_sudoku(item: dict) -> Item:
     return Item(question, cells, float(right), float(len(empty)))
 
 
-D1: dict[str, Callable[[dict], Item]] = {
+D1: dict[str, Callable[[dict[str, Any]], Item]] = {
     "gsm8k": d1_gsm8k,
     "math500": d1_math500,
     "countdown": d1_countdown,

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from trl.trainer.utils import create_model_from_path
 
 from dgrpo.models import load_model
 from dgrpo.models.families import FAMILIES
@@ -105,6 +106,16 @@ def test_the_two_networks_published_as_llada_are_told_apart(tmp_path):
         "llada",
     ]
     assert (family_of(dense).name, family_of(routed).name) == ("LLaDA", "LLaDA-MoE")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trl_s_reference_model_is_the_same_network(tmp_path, kind):
+    """TRL loads it by itself, through transformers' auto classes, from the model's own folder."""
+    folder = published.write_checkpoint(tmp_path, kind)
+    model, _ = load_model(folder)
+    reference = create_model_from_path(model.config.name_or_path)
+    assert type(reference) is type(model)
+    assert torch.equal(reference(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

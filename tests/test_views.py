@@ -15,10 +15,10 @@ KEY = ("masks", 7, 3)
 
 
 def coin_flips(rollout, *, generator: torch.Generator) -> MaskedViews:
-    """An estimator that draws as it may: its prompt noise is counted from the prompt's end."""
+    """An estimator that draws for whatever width it is given, padding included: draw_views must not give it any."""
     num_rows, width = rollout.prompt_mask.shape
+    prompt = torch.rand(width, generator=generator).expand(num_rows, 2, width)
     completion = torch.rand(num_rows, 2, rollout.completion_ids.shape[1], generator=generator)
-    prompt = torch.rand(width, generator=generator).flip(0).expand(num_rows, 2, width)
     hidden = torch.cat([(prompt < 0.5) & rollout.prompt_mask[:, None], completion < 0.7], -1)
     return MaskedViews(hidden, completion * (completion < 0.7))
 
@@ -38,6 +38,14 @@ def test_views_depend_on_key_unit_and_draw_alone(rollout):
     hidden, weights = draw_views(coin_flips, rollout, unit, KEY, num_draws=3)
     assert hidden.shape == (6, 3, 2, 11)
     assert weights.shape == (6, 3, 2, 5)
+
+    # Each row has what the estimator said of it, behind the padding of the batch.
+    short = replace(some_rows(rollout, [0, 1, 2]), prompt_mask=rollout.prompt_mask[:3, 2:])
+    for draw in range(3):
+        expected = coin_flips(short, generator=stream(*KEY, 4, draw))
+        assert torch.equal(hidden[:3, draw, :, 2:], expected.hidden)
+        assert torch.equal(weights[:3, draw], expected.weights)
+    assert not hidden[:3, ..., :2].any()
 
     # Another width, other rows beside it, another order of units.
     again, weights_again = draw_views(coin_flips, wider(rollout, 4), unit, KEY, num_draws=3)

@@ -23,11 +23,6 @@ from transformers.utils import cached_file
 from dgrpo.models.converted import add_mask_token
 from dgrpo.models.families import FAMILIES, Family
 
-for _model_type, _family in FAMILIES.items():
-    AutoConfig.register(_model_type, _family.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_family.config_class, _family.model_class, exist_ok=True)
-
-
 def read_config(name_or_path: str, revision: str | None = None) -> dict:
     """The checkpoint's config.json as a dictionary, from a local folder or the hub.
 
@@ -75,6 +70,32 @@ def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
             "convert='bidirectional' reads it in both directions with a mask token added, to be trained first."
         )
     raise ValueError(f"{known}, which is no masked diffusion model that dgrpo knows. {remedy}")
+
+
+class PublishedConfig(PreTrainedConfig):
+    """What transformers' AutoConfig finds under a `model_type` that is not one family's alone: the right family's."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        family = _family_of(config_dict, config_dict.get("_name_or_path", ""), None)
+        return family.config_class.from_dict(
+            {key: value for key, value in config_dict.items() if key != "model_type"}, **kwargs
+        )
+
+
+def _register() -> None:
+    """Let transformers' auto classes load every family: TRL takes them for its reference model."""
+    published = [model_type for family in FAMILIES.values() for model_type in family.published_as]
+    for model_type, family in FAMILIES.items():
+        AutoModelForCausalLM.register(family.config_class, family.model_class, exist_ok=True)
+        if model_type not in published:
+            AutoConfig.register(model_type, family.config_class, exist_ok=True)
+    for model_type in published:
+        config_class = type("PublishedConfig", (PublishedConfig,), {"model_type": model_type})
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+
+
+_register()
 
 
 def load_config(name_or_path: str, revision: str | None = None, *, convert: str | None = None) -> PreTrainedConfig:
