@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from dgrpo.grading_d1 import D1, Item, sudoku_puzzle
 from rewards import code, countdown, gsm8k, math500, sudoku

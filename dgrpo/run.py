@@ -137,6 +137,7 @@ def main(task: Task, recipe_file: str) -> None:
         instruction=recipe.instruction,
         seed=args.seed,
     )
+    model_name = model_config.model_name_or_path or EMBEDDED
     rewards = rewards_of(recipe)
     check_columns(rewards, train_rows.column_names)
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
@@ -148,7 +149,7 @@ def main(task: Task, recipe_file: str) -> None:
         train_dataset=train_rows,
         reward_funcs=rewards,
     )
-    train(trainer, task, held_out, recipe, model_config.model_name_or_path)
+    train(trainer, task, held_out, recipe, model_name)
 
 
 def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_name: str) -> dict:

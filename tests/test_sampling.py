@@ -612,6 +612,7 @@ def test_rows_of_one_prompt_share_the_first_pass(model, prompts):
         ({"cache": "dual", "cache_refresh": 0}, r"cache_refresh=0: .*at least 1 step"),
         ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),
         ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one of threshold, factor and entropy_bound"),
+        ({"factor": 1.0, "entropy_bound": 0.1}, r"factor=1.0: set only one of threshold, factor and entropy_bound"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

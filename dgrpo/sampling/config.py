@@ -70,8 +70,9 @@ class SamplerConfig:
             refuse("cache_refresh", "needs cache=prefix or cache=dual and at least 1 step between refreshes.")
         if self.cache is not None and self.cfg_scale:
             refuse("cache", "does not go with cfg_scale; guidance would need a second cache. Drop one of the two.")
-        if sum(rule is not None for rule in (self.threshold, self.factor, self.entropy_bound)) > 1:
-            refuse("threshold", "set only one of threshold, factor and entropy_bound.")
+        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            refuse(rules[0], "set only one of threshold, factor and entropy_bound.")
 
     @property
     def num_blocks(self) -> int:
