@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from dgrpo.models.converted import add_mask_token
 from dgrpo.models.families import FAMILIES, Family
 
+
 def read_config(name_or_path: str, revision: str | None = None) -> dict:
     """The checkpoint's config.json as a dictionary, from a local folder or the hub.
 
