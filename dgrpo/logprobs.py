@@ -101,7 +101,7 @@ def per_token_logps(
     """
     if reduce not in ("sum", None):
         raise ValueError(f"reduce={reduce!r}: choose 'sum' (weighted sum over views) or None (all views).")
-    logps, _ = score_views(model, prompt_ids, prompt_mask, completion_ids, views, **settings)
+    logps, _ = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings)
     return logps if reduce is None else (views.weights * logps).sum(1)
 
 

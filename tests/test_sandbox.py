@@ -282,7 +282,10 @@ def test_a_program_dies_with_the_process_that_started_it(mode, tmp_path):
         "    print(process.pid, flush=True)\n"
         "    time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as trainer:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed process leaves the program's folder behind
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment
+    ) as trainer:
         pid = int(trainer.stdout.readline())
         assert Path(f"/proc/{pid}").exists()
         trainer.kill()

@@ -102,7 +102,7 @@ class RMSNorm(nn.Module):
 def rotary_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, [1 or B, 1, L, head_dim] float32."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
-    angles = position_ids.float()[:, None, :, None] * theta**-exponents
+    angles = position_ids.float()[:, None, :, None] * (1 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

@@ -35,6 +35,21 @@ class Scores(NamedTuple):
     entropy: Tensor  # [Q]
 
 
+class _WideProduct(torch.autograd.Function):
+    """a @ b.T in float32 from 16-bit factors on CUDA, where torch.mm with out_dtype has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad = grad.to(b.dtype)
+        return (grad @ b if ctx.needs_input_grad[0] else None), (grad.t() @ a if ctx.needs_input_grad[1] else None)
+
+
 def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """Float32 logits [rows, V]: products of the stored precision, summed and kept in float32.
 
@@ -45,7 +60,7 @@ def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
         if weight.dtype == torch.float32:
             return F.linear(hidden.float(), weight)
         if hidden.is_cuda:
-            return torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+            return _WideProduct.apply(hidden.to(weight.dtype), weight)
         return F.linear(hidden.float(), weight.float())
 
 

@@ -64,6 +64,11 @@ class SamplerConfig:
             refuse("cfg_scale", "must be 0 (off) or positive.")
         if self.remasking not in ("low_confidence", "random", "entropy", "topk_margin"):
             refuse("remasking", "choose low_confidence, random, entropy or topk_margin.")
+        for field in ("threshold", "factor"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
+                refuse(field, "must be positive, or left out for `diffusion_steps` steps.")
+        if self.entropy_bound is not None and not self.entropy_bound >= 0:
+            refuse("entropy_bound", "must be 0 nats or more, or left out for `diffusion_steps` steps.")
         if self.cache not in (None, "prefix", "dual"):
             refuse("cache", "choose prefix or dual, or leave it out for the exact sampler.")
         if self.cache_refresh is not None and (self.cache is None or self.cache_refresh < 1):

@@ -15,6 +15,8 @@ def end_token_ids(model: Any) -> Tensor:
     """Every token id that ends a completion; the first one also fills the canvas after the end."""
     ids = model.generation_config.eos_token_id
     ids = model.config.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ValueError("model.config.eos_token_id is None: sampling needs a token that ends a completion.")
     return torch.tensor([ids] if isinstance(ids, int) else list(ids))
 
 
@@ -39,14 +41,16 @@ def generate(
 
     prompt_ids, prompt_mask [B, P], padded on the left. The noise of a row is a function of its key: `row_keys` [B]
     int64 if given, else drawn from `generator`; the global random state is neither read nor changed. `fixed` [B, C]
-    holds token ids that are given in advance and -1 elsewhere. `group` [B] numbers the prompts (default: rows with
-    equal prompts share a number). `batch_size` rows are denoised at a time, sorted by prompt length. `any_rank` tells
+    holds token ids that are given in advance and -1 elsewhere; those after an end give way to EOS. `group` [B] numbers
+    the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a time, sorted by prompt length. `any_rank` tells
     whether a flag is true on any process; pass it where all processes must make the same number of passes.
     """
     if prompt_ids.shape != prompt_mask.shape or prompt_ids.dim() != 2:
         raise ValueError(
             f"prompt_ids {list(prompt_ids.shape)} and prompt_mask {list(prompt_mask.shape)} must be equal [B, P]."
         )
+    if len(prompt_ids) == 0:
+        raise ValueError("prompt_ids: there are no rows to sample.")
     num_rows, device = len(prompt_ids), prompt_ids.device
     prompt_mask = prompt_mask.bool()
     if prompt_mask.shape[1] > 1 and (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
@@ -92,7 +96,8 @@ def generate(
         prompt_mask=prompt_mask,
         completion_ids=torch.where(completion_mask, completion_ids, end_ids[0]),
         completion_mask=completion_mask,
-        revealed_at=revealed_at,
+        # What was drawn after the end is not kept: no state of the trace may show it, or tell where the end is.
+        revealed_at=torch.where(completion_mask, revealed_at, parts[0].num_steps),
         confidence=confidence,
         entropy=entropy,
         group=_same_prompt_groups(prompt_ids, prompt_mask) if group is None else group,
