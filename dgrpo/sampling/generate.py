@@ -42,8 +42,9 @@ def generate(
     prompt_ids, prompt_mask [B, P], padded on the left. The noise of a row is a function of its key: `row_keys` [B]
     int64 if given, else drawn from `generator`; the global random state is neither read nor changed. `fixed` [B, C]
     holds token ids that are given in advance and -1 elsewhere; those after an end give way to EOS. `group` [B] numbers
-    the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a time, sorted by prompt length. `any_rank` tells
-    whether a flag is true on any process; pass it where all processes must make the same number of passes.
+    the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a time, sorted by
+    prompt length. `any_rank` tells whether a flag is true on any process; pass it where all processes must make the
+    same number of passes.
     """
     if prompt_ids.shape != prompt_mask.shape or prompt_ids.dim() != 2:
         raise ValueError(
