@@ -190,7 +190,7 @@ def trace(
 
     Steps that committed no token up to the end of text do not count, so an answer that ended early is not cut more
     coarsely. Rows with fewer steps than views are filled up with empty views. The picture is the sampler's up to the
-    end of text; behind it the canvas shows EOS, where the sampler may have shown something else.
+    end of text; a rollout does not keep what was drawn behind it, and marks it as never revealed: it stays hidden.
     """
     chosen = {
         name: value
