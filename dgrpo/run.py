@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 from transformers.utils import logging
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from dgrpo.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
 from dgrpo.models import load_model
@@ -106,7 +106,8 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         name,
         dtype=model_config.dtype or ("bfloat16" if args.bf16 else "float32"),
         attn_implementation=model_config.attn_implementation or "sdpa",
-        quantization_config=get_quantization_config(model_config),
+        load_in_4bit=model_config.load_in_4bit,
+        load_in_8bit=model_config.load_in_8bit,
         adapter=recipe.adapter_name_or_path,
         revision=model_config.model_revision,
     )

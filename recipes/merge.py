@@ -1,8 +1,9 @@
 """Folds trained adapters into their base model: a folder that loads like the base.
 
-    python recipes/merge.py --adapter runs/sft --adapter runs/gsm8k --output_dir merged
+    python recipes/merge.py --adapter runs/gsm8k --output_dir merged
 
-Adapters are folded in the order given: of an SFT adapter and one trained on top of it, SFT's comes first.
+An adapter that went on from another one (`adapter_name_or_path`) contains it: fold in the last one only. Several
+adapters are folded in the order given; two that name the same base are refused.
 """
 
 import argparse

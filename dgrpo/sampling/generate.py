@@ -52,6 +52,10 @@ def generate(
         )
     if len(prompt_ids) == 0:
         raise ValueError("prompt_ids: there are no rows to sample.")
+    if not prompt_mask.bool().any(1).all():
+        raise ValueError(
+            "prompt_mask: a prompt is empty; give each at least one token, such as the one that begins a text."
+        )
     num_rows, device = len(prompt_ids), prompt_ids.device
     prompt_mask = prompt_mask.bool()
     if prompt_mask.shape[1] > 1 and (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
