@@ -251,6 +251,19 @@ def test_kl_is_zero_while_the_adapter_is_the_reference(trainer):
     assert [logs["kl"] for logs in run.state.log_history if "kl" in logs] == [0.0, 0.0]
 
 
+def test_watching_the_kl_does_not_change_training(trainer, tiny_llada):
+    finals, logs = [], []
+    for log_kl in (False, True):
+        run = trainer(own_model=tiny_llada(), lora=lora(), log_kl=log_kl, learning_rate=1e-2, reward=place_in_group)
+        run.train()
+        finals.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+        logs.append([row["kl"] for row in run.state.log_history if "kl" in row])
+    assert torch.equal(*finals)
+    assert logs[0] == []
+    assert len(logs[1]) == 4
+    assert min(logs[1]) > 0
+
+
 def test_full_fine_tuning_keeps_a_reference_model(trainer, model, tokenizer, tmp_path):
     from dgrpo import load_model
 

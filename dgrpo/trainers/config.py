@@ -83,6 +83,9 @@ class DiffuGRPOConfig(GRPOConfig):
         },
     )
     score_temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it in scoring."})
+    log_kl: bool = field(
+        default=False, metadata={"help": "Log the KL to the reference where beta is 0 and the loss does without it."}
+    )
     views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs", "objective_kwargs"]

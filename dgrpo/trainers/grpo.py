@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import trl
 from packaging.version import Version
+from peft import PeftModel
 from torch import Tensor
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad, split_tensor_dict, use_adapter
 
 from dgrpo.logprobs import mean_entropy, score_views
-from dgrpo.objectives import ObjectiveInputs
+from dgrpo.objectives import ObjectiveInputs, kl_k3
 from dgrpo.sampling import Rollout, generate
 from dgrpo.sampling.draw import row_keys
 from dgrpo.trainers import checkpoints
@@ -234,7 +235,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
 
     def _with_reference(self, batch: dict) -> dict:
         """`batch` with ref_per_token_logps [B, mu, C]: the reference model's, or this one's without its adapter."""
-        if self.beta == 0.0:
+        if self.beta == 0.0 and not self._watches_kl:
             return batch
         if self.ref_model is not None:
             per_view = self._logps_of_draws(self.ref_model, batch)
@@ -243,6 +244,13 @@ class DiffuGRPOTrainer(GRPOTrainer):
             with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
                 per_view = self._logps_of_draws(self.model, batch)
         return batch | {"ref_per_token_logps": (batch["weights"] * per_view).sum(2)}
+
+    @property
+    def _watches_kl(self) -> bool:
+        """Whether the KL is a metric only; without an adapter there is no reference model to compare with."""
+        return (
+            self.args.log_kl and self.beta == 0.0 and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        )
 
     @torch.no_grad()
     def _logps_of_draws(self, model, batch: dict, first: int = 0) -> Tensor:
@@ -343,6 +351,10 @@ class DiffuGRPOTrainer(GRPOTrainer):
         per_view, entropies_per_view = self._score(model, inputs, views)
         logps, entropies = (views.weights * per_view).sum(1), mean_entropy(entropies_per_view, views)
         scored = (inputs["weights"] != 0).any(1)
+        if self._watches_kl:
+            divergence = (kl_k3(logps.detach(), inputs["ref_per_token_logps"]) * scored).sum()
+            total, count = self.accelerator.reduce(torch.stack([divergence, scored.sum()]), "sum").tolist()
+            self._metrics[self._mode]["kl"].append(total / max(count, 1))
         if self._skips_idle_rows and scored.any():
             # The entropy metric is an average over all rows: rows that were skipped take the average of the others.
             rows = inputs["advantages"] == 0
