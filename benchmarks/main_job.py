@@ -2,7 +2,7 @@
 
     python benchmarks/main_job.py --output_dir runs/main_job
 
-Checkpoints are made by `dgrpo.tiny.build` where they are missing (about five minutes each on one core).
+Checkpoints are made by `dgrpo.tiny.build` where they are missing (6 to 15 minutes each on one shared core).
 """
 
 import argparse

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgrpo.grading import wilson_interval
 from dgrpo.sampling import SamplerConfig, generate
+from dgrpo.sampling.draw import row_keys
 from rewards.format import format_reward
 
 
@@ -86,7 +87,8 @@ def evaluate(
 ) -> Evaluation:
     """Samples one completion for each row and grades it; right is a grade of exactly 1.
 
-    The processes share the rows and all return the whole. `on_batch` is told how many rows each batch finished.
+    A row's noise is a function of (seed, its number). The processes share the rows and all return the whole.
+    `on_batch` is told how many rows each batch finished.
     """
     started = time.perf_counter()
     device = model.get_input_embeddings().weight.device
@@ -97,8 +99,9 @@ def evaluate(
     for first in range(0, share, batch_size):
         part = mine[first : first + batch_size]
         prompt_ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in part], device)
-        generator = torch.Generator().manual_seed(seed + process_index * share + first)
-        rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator, any_rank=any_rank)
+        numbers = torch.arange(first, first + len(part)) + process_index * share
+        keys = row_keys(numbers, "evaluation", seed)
+        rollout = generate(model, prompt_ids, prompt_mask, config, row_keys=keys, any_rank=any_rank)
         texts = [
             tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)

@@ -95,6 +95,36 @@ def test_the_main_job_writes_what_it_promises(tmp_path):
         assert word in output
 
 
+@pytest.mark.slow
+def test_what_stands_around_the_main_job_runs(tmp_path):
+    """Fine-tune, evaluate the adapter, merge it, watch the merged model."""
+    adapter, merged = str(tmp_path / "sft"), str(tmp_path / "merged")
+    launch([sys.executable, "recipes/sft.py", "--output_dir", adapter, "--max_steps", "3", "--num_examples", "128"])
+    evaluate = [sys.executable, "recipes/evaluate.py", "--task", "gsm8k", "--num_problems", "16"]
+    output = launch([*evaluate, "--adapter", adapter, "--output_dir", str(tmp_path / "generations")])
+    assert "gsm8k_16_16" in output
+    stored = json.loads((tmp_path / "generations/gsm8k_16_16_0_generations.json").read_text())["generations"]
+    assert len(stored) == 16
+    launch([sys.executable, "recipes/merge.py", "--adapter", adapter, "--output_dir", merged])
+    launch([sys.executable, "-m", "dgrpo", "watch", "--model", merged, "--html", str(tmp_path / "watch.html")])
+    assert "<html" in (tmp_path / "watch.html").read_text()
+
+
+def test_evaluation_draws_the_same_in_batches_of_any_size():
+    from dgrpo import SamplerConfig, load_model
+    from dgrpo.evaluate import evaluate
+    from dgrpo.run import CHECKPOINTS
+    from dgrpo.tasks import gsm8k, load_rows
+
+    model, tokenizer = load_model(str(CHECKPOINTS / "gsm8k"))
+    rows = list(load_rows(gsm8k.TASK, "embedded", num_train=8, num_held_out=8, instruction="")[1])
+    config = SamplerConfig(16, 16, 4, temperature=1.0)
+    whole, parts = (
+        evaluate(model, tokenizer, rows, gsm8k.TASK.grade, config, batch_size=size).completions for size in (8, 3)
+    )
+    assert whole == parts
+
+
 def llada_folder(folder: Path, texts: list[str]) -> Path:
     """A small random LLaDA in the published layout, with a BPE tokenizer trained on `texts`."""
     backend = Tokenizer(models.BPE())

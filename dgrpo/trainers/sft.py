@@ -64,8 +64,8 @@ class MaskedSFTTrainer(Trainer):
     """Trainer whose loss is -(1/t) sum over hidden completion tokens of log p / number of completion tokens.
 
     Each row draws t ~ U(0, 1], stratified over the batch, and hides each completion token with probability t. The
-    masks are a function of (seed,
-    step, micro-batch, process): evaluation and resuming do not disturb them. Padding is neither attended nor trained.
+    masks are a function of (seed, step, micro-batch, process): evaluation and resuming do not disturb them. Padding is
+    neither attended nor trained.
     """
 
     def __init__(self, model, args: MaskedSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
