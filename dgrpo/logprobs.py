@@ -10,16 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dgrpo.models.predictor import Scores, ScoringPass
+from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
 from dgrpo.views import MaskedViews
 
 
 def scoring_pass(
-    canvases: Tensor, attention_mask: Tensor | None, input_ids: Tensor, scored: Tensor
+    canvases: Tensor,
+    attention_mask: Tensor | None,
+    input_ids: Tensor,
+    scored: Tensor,
+    columns: slice = EVERYWHERE,
 ) -> tuple[ScoringPass, Tensor]:
     """One pass over the distinct rows of `canvases` [R, L] that asks for the tokens `input_ids` where `scored` [R, L].
 
-    Returns the pass and, for each of its targets, the flat index into [R, L] that it answers.
+    Everything scored lies in `columns` of L. Returns the pass and, for each of its targets, the flat index into [R, L]
+    that it answers.
     """
     key = canvases if attention_mask is None else canvases.masked_fill(~attention_mask, -1)
     # Pictures on which nothing is asked do not pass through the network; all of them count as equal to one of the
@@ -34,7 +39,9 @@ def scoring_pass(
     by_position = target_index.argsort(stable=True)
     row, column = row[by_position], column[by_position]
     attention_mask = None if attention_mask is None else attention_mask[first]
-    asked = ScoringPass(canvases[first], attention_mask, positions, target_index[by_position], input_ids[row, column])
+    asked = ScoringPass(
+        canvases[first], attention_mask, positions, target_index[by_position], input_ids[row, column], columns
+    )
     return asked, row * canvases.shape[1] + column
 
 
@@ -72,6 +79,7 @@ def score_views(
             None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0),
             input_ids.repeat_interleave(repeats, 0),
             scored[:, chunk].flatten(0, 1),
+            slice(prompt_ids.shape[1], input_ids.shape[1]),
         )
         passes.append(asked)
         answers.append(answer)

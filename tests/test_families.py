@@ -71,6 +71,18 @@ def test_padded_rows_equal_the_published_equations(folders, texts, kind, attenti
 
 
 @EVERY_KIND
+@pytest.mark.parametrize("columns", [slice(0, 3), slice(4, 9)])
+def test_logits_at_some_columns_are_those_of_the_whole(networks, texts, kind, columns):
+    ids, mask = texts
+    length = ids.shape[1]
+    positions = torch.cat([torch.arange(length)[columns], 3 * length + torch.arange(length)[columns]])
+    whole = networks[kind](ids, mask).logits.flatten(0, 1)[positions]
+    seen = mask.flatten()[positions]
+    logits = networks[kind](ids, mask, positions=positions, columns=columns)
+    assert_close(logits[seen], whole[seen])
+
+
+@EVERY_KIND
 def test_bfloat16_stays_within_its_rounding(tmp_path, texts, kind):
     ids, mask = texts
     config = published.CONFIGS[kind]

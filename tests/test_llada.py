@@ -83,6 +83,19 @@ def test_positions_select_rows_of_the_full_logits(model, prompts):
     torch.testing.assert_close(model(ids, mask, positions=positions), expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_last_layer_computes_the_asked_columns_alone(tiny_llada, prompts, attention):
+    ids, mask = prompts
+    model, length = tiny_llada(attn_implementation=attention), ids.shape[1]
+    positions = torch.tensor([2, 3, 2 * length + 3, 4 * length + 2])
+    widths = []
+    for block in model.model.transformer["blocks"]:
+        block.ff_out.register_forward_hook(lambda _, inputs, output: widths.append(output.shape[1]))
+    logits = model(ids, mask, positions=positions, columns=slice(2, 4))
+    assert widths == [length, 2]
+    torch.testing.assert_close(logits, model(ids, mask, positions=positions))
+
+
 def test_gradient_checkpointing_gives_equal_gradients_and_runs_blocks_twice(tiny_llada, prompts):
     ids, mask = prompts
     gradients, calls = [], []

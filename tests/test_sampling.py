@@ -15,7 +15,7 @@ from reference import denoise_greedily, llada_logits, shares, until_eos
 
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.cache import WindowCache
-from dgrpo.sampling.draw import uniform
+from dgrpo.sampling.draw import draw, first_argmax, inverse_cdf, uniform
 
 BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
 ALL_RULES = {"threshold": {"threshold": 0.4}, "factor": {"factor": 1.2}, "entropy_bound": {"entropy_bound": 1.5}}
@@ -188,6 +188,53 @@ def test_drawn_tokens_follow_the_softmax(model, prompts, temperature):
     # The confidence is the model's own, at temperature 1 and with [MASK] in its vocabulary.
     own = plain(model)(torch.cat([prompts[0][0], torch.tensor([MASK, MASK])]))[-2:].softmax(-1).float()
     torch.testing.assert_close(rollout.confidence, own[torch.arange(2), rollout.completion_ids], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_words", [5, 256, 1000])
+def test_draw_by_stretches_is_that_of_one_running_sum(num_words):
+    generator = torch.Generator().manual_seed(num_words)
+    mass = torch.rand(400, num_words, generator=generator) * (torch.rand(400, num_words, generator=generator) < 0.3)
+    mass[:, 3] += 1e-3
+    noise = torch.rand(400, generator=generator, dtype=torch.double)
+    noise[:100], noise[100:200] = 0, 1
+    drawn = inverse_cdf(mass, noise)
+    assert (mass.gather(1, drawn[:, None]) > 0).all()
+    sums = mass.double().cumsum(1) / mass.double().sum(1, keepdim=True)
+    low, high = ((sums - mass / mass.sum(1, keepdim=True)).gather(1, drawn[:, None]), sums.gather(1, drawn[:, None]))
+    assert ((noise[:, None] >= low - 1e-6) & (noise[:, None] <= high + 1e-6)).all()
+
+
+def test_first_argmax_is_the_first_of_equals():
+    values = torch.randint(0, 3, (50, 1000), generator=torch.Generator().manual_seed(0)).float()
+    values[:, :600] = values[:, :600].clamp(max=1)
+    assert (first_argmax(values) == (values == 2).int().argmax(1)).all()
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "entropy", "topk_margin"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_what_a_draw_says_of_the_distribution(monkeypatch, remasking, temperature):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(60, 300, generator=generator) * 5
+    logits[0] = 0
+    logits[0, 7] = 60
+    probs = logits.double().softmax(-1)
+    noise = torch.rand(60, generator=generator, dtype=torch.double) if temperature else None
+    config = SamplerConfig(temperature=temperature, remasking=remasking)
+    drawn = draw(logits.clone(), noise, config, 299, 300)
+    chosen = probs.gather(1, drawn.tokens[:, None])[:, 0]
+    torch.testing.assert_close(drawn.probs.double(), chosen, rtol=1e-5, atol=1e-7)
+    entropy = torch.special.entr(probs).sum(-1)
+    torch.testing.assert_close(drawn.entropy.double(), entropy, rtol=1e-5, atol=2e-6)
+    top = probs.topk(2).values
+    order = {
+        "low_confidence": (chosen / (probs.sum(-1) - chosen).clamp(min=1e-300)).log(),
+        "entropy": -entropy,
+        "topk_margin": top[:, 0] - top[:, 1],
+    }
+    torch.testing.assert_close(drawn.order[1:].double(), order[remasking][1:], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("dgrpo.sampling.draw.MAX_DRAW_BYTES", 7 * 4 * 300)
+    for in_chunks, whole in zip(draw(logits.clone(), noise, config, 299, 300), drawn, strict=True):
+        assert torch.equal(in_chunks, whole)
 
 
 def test_two_steps_follow_the_process_enumerated(model, prompts):

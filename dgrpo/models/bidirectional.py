@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgrpo.models.predictor import MaskPredictor, ScoringHead
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
 
 
 def visible_keys(attention_mask: Tensor | None, num_queries: int, attention: str, dtype: torch.dtype) -> Tensor | None:
@@ -59,7 +59,9 @@ class BidirectionalReading(MaskPredictor):
     def can_generate(cls) -> bool:
         return False
 
-    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> Tensor:
+    def hidden_states(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    ) -> Tensor:
         network = self.model
         x = network.embed_tokens(input_ids)
         if position_ids is None:
@@ -74,4 +76,4 @@ class BidirectionalReading(MaskPredictor):
                 past_key_values=past_key_values,
                 position_embeddings=rotation,
             )
-        return network.norm(x)
+        return network.norm(x[:, columns])

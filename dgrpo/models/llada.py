@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dgrpo.models.predictor import MaskPredictor, ScoringHead
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -93,9 +93,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
-            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return normed.to(x.dtype) * self.weight
 
 
@@ -109,10 +107,9 @@ def rotary_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` [B, heads, L, head_dim] turned by its position's angles, computed in float32."""
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.float()
-        left, right = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    wide = x.float()
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
 def eager_attention(
@@ -151,19 +148,29 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        past_key_values=None,
+        queries: slice = EVERYWHERE,
     ) -> Tensor:
+        """The layer's output at columns `queries` of x [B, L, d]; all of x is attended to."""
         h = self.attn_norm(x)
+        asked = h[:, queries]
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (self.q_proj(h), self.k_proj(h), self.v_proj(h))
+            for projected in (self.q_proj(asked), self.k_proj(h), self.v_proj(h))
         )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, cos[:, :, queries], sin[:, :, queries]), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = attention_mask[:, :, queries]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
-        x = x + self.attn_out(attended.flatten(2))
+        x = x[:, queries] + self.attn_out(attended.flatten(2))
         h = self.ff_norm(x)
         return x + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
 
@@ -210,17 +217,27 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        columns: slice = EVERYWHERE,
     ) -> Tensor:
-        """Hidden states [B, L, d] after the final norm. Takes [B, K] masks of the K attended keys, True = visible."""
+        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes.
+
+        Takes [B, K] masks of the K attended keys, True = visible.
+        """
         x = self.transformer["wte"](input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        if attention_mask is not None and "flash" not in (self.config._attn_implementation or ""):
+        padded_flash = attention_mask is not None and "flash" in (self.config._attn_implementation or "")
+        if attention_mask is not None and not padded_flash:
             # Every query must see the same keys: pads attend too (their output is never read).
             attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-        for block in self.transformer["blocks"]:
+        *blocks, last = self.transformer["blocks"]
+        for block in blocks:
             x = block(x, attention_mask, cos, sin, past_key_values=past_key_values)
+        # Flash attention with padding takes queries and keys of one length only.
+        queries = EVERYWHERE if padded_flash else columns
+        x = last(x, attention_mask, cos, sin, past_key_values=past_key_values, queries=queries)
+        x = x[:, columns] if padded_flash else x
         return self.transformer["ln_f"](x)
 
 
@@ -252,5 +269,7 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
         else:
             self.model.transformer["ff_out"] = head
 
-    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> Tensor:
-        return self.model(input_ids, attention_mask, position_ids, past_key_values)
+    def hidden_states(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    ) -> Tensor:
+        return self.model(input_ids, attention_mask, position_ids, past_key_values, columns)

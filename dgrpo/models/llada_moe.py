@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dgrpo.models.llada import RMSNorm, eager_attention, rotary_table, rotate
-from dgrpo.models.predictor import MaskPredictor, ScoringHead
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
 
 
 class LLaDAMoEConfig(PreTrainedConfig):
@@ -156,16 +156,20 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values) -> Tensor:
+    def forward(
+        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values, queries: slice
+    ) -> Tensor:
         query, key, value = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            for projected in (self.q_proj(x[:, queries]), self.k_proj(x), self.v_proj(x))
         )
         if self.config.qk_layernorm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, cos[:, :, queries], sin[:, :, queries]), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = attention_mask[:, :, queries]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.o_proj(attended.flatten(2))
@@ -180,9 +184,17 @@ class LLaDAMoELayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values=None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        past_key_values=None,
+        queries: slice = EVERYWHERE,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), attention_mask, cos, sin, past_key_values)
+        """The layer's output at columns `queries` of x [B, L, d]; all of x is attended to."""
+        attended = self.self_attn(self.input_layernorm(x), attention_mask, cos, sin, past_key_values, queries)
+        x = x[:, queries] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -218,17 +230,27 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        columns: slice = EVERYWHERE,
     ) -> Tensor:
-        """Hidden states [B, L, d] after the final norm. Takes [B, K] masks of the K attended keys, True = visible."""
+        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes.
+
+        Takes [B, K] masks of the K attended keys, True = visible.
+        """
         x = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         cos, sin = rotary_table(position_ids, head_dim, self.config.rope_theta)
-        if attention_mask is not None and "flash" not in (self.config._attn_implementation or ""):
+        padded_flash = attention_mask is not None and "flash" in (self.config._attn_implementation or "")
+        if attention_mask is not None and not padded_flash:
             attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, attention_mask, cos, sin, past_key_values=past_key_values)
+        # Flash attention with padding takes queries and keys of one length only.
+        queries = EVERYWHERE if padded_flash else columns
+        x = last(x, attention_mask, cos, sin, past_key_values=past_key_values, queries=queries)
+        x = x[:, columns] if padded_flash else x
         return self.norm(x)
 
 
@@ -241,5 +263,7 @@ class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
         self.lm_head = ScoringHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> Tensor:
-        return self.model(input_ids, attention_mask, position_ids, past_key_values)
+    def hidden_states(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    ) -> Tensor:
+        return self.model(input_ids, attention_mask, position_ids, past_key_values, columns)

@@ -17,6 +17,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 # Two float32 [rows, V] buffers of at most this size live at once while scoring; larger jobs go through in chunks.
 MAX_LOGITS_BYTES = 48 * 2**20
 
+EVERYWHERE = slice(None)
+
 
 class ScoringPass(NamedTuple):
     """What one pass through the network shows and asks: U pictures, Q positions, T targets on these positions."""
@@ -26,6 +28,7 @@ class ScoringPass(NamedTuple):
     positions: Tensor  # [Q], ascending, distinct
     target_index: Tensor  # [T], ascending: the asked position (0..Q-1) on which targets[t] is scored
     targets: Tensor  # [T]
+    columns: slice = EVERYWHERE  # of L, where all the asked positions are
 
 
 class Scores(NamedTuple):
@@ -58,7 +61,11 @@ def float_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.dtype == torch.float32:
-            return F.linear(hidden.float(), weight)
+            hidden = hidden.float()
+            if not hidden.is_cuda and 2 < len(hidden) < 12 and len(weight) > 8192:
+                # MKL reads a tall weight twice for so few rows; seen from the other side it reads it once.
+                return (weight @ hidden.t().contiguous()).t().contiguous()
+            return F.linear(hidden, weight)
         if hidden.is_cuda:
             return _WideProduct.apply(hidden.to(weight.dtype), weight)
         return F.linear(hidden.float(), weight.float())
@@ -193,8 +200,9 @@ def _refuse_generate(*args, **kwargs):
 class MaskPredictor:
     """What every family adds to its transformers class: answers at chosen positions instead of logits everywhere.
 
-    A family provides `hidden_states(input_ids, attention_mask, position_ids, past_key_values)` [U, L, d] after the
-    final norm, a `ScoringHead` as output embedding, and `logit_shift` (1 when position i predicts token i + 1).
+    A family provides `hidden_states(input_ids, attention_mask, position_ids, past_key_values, columns)` after the
+    final norm, at the slice `columns` of the L positions; a `ScoringHead` as output embedding; and `logit_shift`
+    (1 when position i predicts token i + 1).
     """
 
     logit_shift = 0
@@ -213,6 +221,7 @@ class MaskPredictor:
         position_ids: Tensor | None = None,
         past_key_values=None,
         positions: Tensor | None = None,
+        columns: slice = EVERYWHERE,
         passes: list[ScoringPass] | None = None,
         temperature: float = 1.0,
         entropy_grad: bool = False,
@@ -220,6 +229,7 @@ class MaskPredictor:
     ):
         """Scores of each of `passes`; or float32 logits [Q, V] at `positions`; or all logits [U, L, V].
 
+        `columns` promises that all positions lie in this slice of the L columns: the last layer is left out elsewhere.
         Several passes are checkpointed one by one: activations of one pass live at a time, for one more forward.
         """
         if given := [name for name, value in unused.items() if value is not None and value is not False]:
@@ -228,21 +238,26 @@ class MaskPredictor:
             if len(passes) == 1 or not torch.is_grad_enabled():
                 return [self._score(each, temperature, entropy_grad) for each in passes]
             return [checkpoint(self._score, each, temperature, entropy_grad, use_reentrant=False) for each in passes]
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values)
         head = self.get_output_embeddings()
         if positions is None:
+            hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values)
             if self.logit_shift:
                 hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
             return MaskedLMOutput(logits=head(hidden))
-        return head(self._rows(hidden, positions))
+        assert input_ids is not None
+        return head(self._rows(positions, columns, input_ids, attention_mask, position_ids, past_key_values))
 
-    def _rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [Q, d] that predict the tokens at `positions`."""
+    def _rows(self, positions: Tensor, columns: slice, input_ids: Tensor, *context) -> Tensor:
+        """Hidden states [Q, d] that predict the tokens at `positions`, all of them in `columns`."""
+        length = input_ids.shape[1]
+        if columns.start:
+            columns = slice(columns.start - self.logit_shift, columns.stop)
+        hidden = self.hidden_states(input_ids, *context, columns=columns)
+        column = positions % length
         if self.logit_shift:
-            positions = positions - ((positions % hidden.shape[1]) > 0).long()
-        return hidden.flatten(0, 1)[positions]
+            column = column - (column > 0).long()
+        return hidden.flatten(0, 1)[positions // length * hidden.shape[1] + column - (columns.start or 0)]
 
     def _score(self, asked: ScoringPass, temperature: float, entropy_grad: bool) -> Scores:
-        hidden = self.hidden_states(asked.input_ids, asked.attention_mask)
-        rows = self._rows(hidden, asked.positions)
+        rows = self._rows(asked.positions, asked.columns, asked.input_ids, asked.attention_mask)
         return self.get_output_embeddings()(rows, asked.target_index, asked.targets, temperature, entropy_grad)

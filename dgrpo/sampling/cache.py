@@ -14,6 +14,7 @@ class WindowCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.window: slice | None = None
+        self.age = 1  # passes since the stored ones were computed, that pass included
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to, [B, heads, L, head_dim], with this window's own put in place."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dgrpo.sampling.cache import WindowCache
 from dgrpo.sampling.config import SamplerConfig
-from dgrpo.sampling.draw import commit_budget, commit_parallel, confidence_of, draw_tokens, uniform
+from dgrpo.sampling.draw import NEVER, draw, may_commit, uniform
 
 # The draw of a token and that of a random order, at one (row, step, position), must not share their noise.
 _ORDER_STREAM = 1 << 40
@@ -78,83 +78,81 @@ class Denoiser:
         for block in range(self.config.num_blocks):
             if not self.any_rank(len(self.where) > 0):
                 break
-            self._denoise_block(block)
-            self._retire((block + 1) * self.config.block_length)
+            start = block * self.config.block_length
+            self.cache = None
+            steps = self._steps(start)
+            while self.any_rank((now := next(steps, None)) is not None):
+                if now is None:
+                    self._idle_pass()
+                else:
+                    step, width, budget = now
+                    self._step(start, block * self.steps_per_block + step, width, budget)
+            self._retire(start + self.config.block_length)
         self.canvas[self.where] = self.ids
 
     def _is_open(self, start: int) -> Tensor:
         block = self.ids[:, self.prompt_width + start : self.prompt_width + start + self.config.block_length]
         return block == self.mask_token_id
 
-    def _denoise_block(self, block: int) -> None:
-        start = block * self.config.block_length
+    def _steps(self, start: int) -> Iterator[tuple[int, int, Tensor | None]]:
+        """The steps of the block at `start`: number, most open positions of a row, how many each row commits [b].
+
+        The last is None where the model's confidence decides that.
+        """
+        if self.config.parallel:
+            step = 0
+            while len(self.where) and (width := int(self._is_open(start).sum(1).amax())):
+                yield step, width, None
+                step += 1
+            return
         # One look at the device: how many positions are open in each row decides the whole schedule of the block.
         open_counts = self._is_open(start).sum(1).cpu()
         plan = tokens_per_step(open_counts, self.steps_per_block)
-        widths = (open_counts[:, None] - plan.cumsum(1) + plan).amax(0).tolist() if len(plan) else []
-        # A step that commits nothing changes nothing: its pass is left out.
-        steps = [step for step in range(len(widths)) if plan[:, step].any()]
-        plan = plan.to(self.ids.device)
-        self.cache = None
-        taken = 0
-        while True:
-            if self.config.parallel:
-                width = int(self._is_open(start).sum(1).amax()) if len(self.where) else 0
-                busy, step, budget = width > 0, taken, None
-            else:
-                busy = taken < len(steps)
-                step = steps[taken] if busy else 0
-                width, budget = (widths[step], plan[:, step]) if busy else (0, None)
-            if not self.any_rank(busy):
-                return
-            if busy:
-                self._step(start, block * self.steps_per_block + step, taken, width, budget)
-            else:
-                self._idle_pass()
-            taken += 1
+        left = open_counts[:, None] - plan.cumsum(1) + plan
+        for step in range(self.steps_per_block):
+            # A step that commits nothing changes nothing: its pass is left out.
+            if plan[:, step].any():
+                yield step, int(left[:, step].max()), plan[:, step]
 
-    def _step(self, start: int, step: int, taken: int, width: int, budget: Tensor | None) -> None:
+    def _step(self, start: int, step: int, width: int, budget: Tensor | None) -> None:
         config = self.config
         is_open = self._is_open(start)
         # Open positions first; rows with fewer of them than `width` are filled up with positions that stay unchanged.
         columns = (~is_open).int().argsort(dim=1, stable=True)[:, :width]
         is_open = is_open.gather(1, columns)
         columns = columns + start
-        logits = self._logits(columns, start, taken)
-        noise = uniform(self.keys, step, columns) if config.temperature > 0 else None
-        tokens = self._draw(logits, noise)
-        order_noise = uniform(self.keys, step + _ORDER_STREAM, columns) if config.remasking == "random" else None
-        order = confidence_of(logits, tokens, config, order_noise)
+        logits = self._logits(columns, start).flatten(0, 1)
+        if config.logits_eos_inf:
+            logits[:, self.end_ids[0]] = NEVER
+        noise = uniform(self.keys, step, columns).flatten() if config.temperature > 0 else None
+        drawn = draw(logits, noise, config, self.mask_token_id, self.num_words)
+        order = drawn.order
+        if config.remasking == "random":
+            order = uniform(self.keys, step + _ORDER_STREAM, columns).flatten().float()
         if config.confidence_eos_eot_inf:
-            order = order.masked_fill(torch.isin(tokens, self.end_ids), -1e30)
-        probs = logits.softmax(-1)
-        entropy = torch.special.entr(probs).sum(-1)
-        token_probs = probs.gather(-1, tokens[..., None]).squeeze(-1)
-        if budget is not None:
-            committed = commit_budget(order, budget, is_open)
+            order = order.masked_fill(torch.isin(drawn.tokens, self.end_ids), NEVER)
+        order = order.view(columns.shape).masked_fill(~is_open, -torch.inf)
+        most = width if budget is None else int(budget.max())
+        picked = order.argsort(dim=1, descending=True, stable=True)[:, :most]
+        tokens, probs, entropy = (
+            value.view(columns.shape).gather(1, picked) for value in (drawn.tokens, drawn.probs, drawn.entropy)
+        )
+        if budget is None:
+            committed = may_commit(probs, entropy, config) & is_open.gather(1, picked)
         else:
-            committed = commit_parallel(order, token_probs, entropy, config, is_open)
+            committed = torch.arange(most, device=picked.device) < budget.to(picked.device)[:, None]
+        columns = columns.gather(1, picked)
         at = self.prompt_width + columns
         self.ids.scatter_(1, at, torch.where(committed, tokens, self.ids.gather(1, at)))
         rows = self.where[:, None]
-        values = ((self.revealed_at, step), (self.confidence, token_probs), (self.entropy, entropy))
-        for record, value in values:
+        for record, value in ((self.revealed_at, step), (self.confidence, probs), (self.entropy, entropy)):
             record[rows, columns] = torch.where(committed, value, record[rows, columns])
 
-    def _draw(self, logits: Tensor, noise: Tensor | None) -> Tensor:
-        """Drawn tokens [b, n]; never [MASK], nor an embedding row beyond the vocabulary."""
-        if self.config.logits_eos_inf:
-            logits[..., self.end_ids[0]] = -torch.inf
-        logits[..., self.num_words :] = -torch.inf
-        mask_logit = logits[..., self.mask_token_id].clone()
-        logits[..., self.mask_token_id] = -torch.inf
-        tokens = draw_tokens(logits, self.config.temperature, noise)
-        logits[..., self.mask_token_id] = mask_logit
-        return tokens
-
-    def _logits(self, columns: Tensor, start: int, taken: int) -> Tensor:
+    def _logits(self, columns: Tensor, start: int) -> Tensor:
         """Float32 logits [b, n, V] at completion positions `columns` [b, n] of the current block."""
         at = self.prompt_width + columns
+        begin = self.prompt_width + start
+        block = slice(begin, begin + self.config.block_length)
         if self.config.cfg_scale:
             hidden_prompt = self.ids.clone()
             prompt = hidden_prompt[:, : self.prompt_width]
@@ -164,45 +162,48 @@ class Denoiser:
                 torch.cat([self.ids, hidden_prompt]),
                 None if mask is None else torch.cat([mask, mask]),
                 at.repeat(2, 1),
+                block,
             )
             conditional, unconditional = logits.chunk(2)
             return unconditional + (1 + self.config.cfg_scale) * (conditional - unconditional)
         if self.config.cache is None:
-            return self._pass(self.ids, self.attention_mask, at, distinct=self.num_forwards == 0)
-        refresh = self.config.cache_refresh
-        if self.cache is None or (refresh is not None and taken % refresh == 0):
+            return self._pass(self.ids, self.attention_mask, at, block, distinct=self.num_forwards == 0)
+        if self.cache is None or self.cache.age == self.config.cache_refresh:
             self.cache = WindowCache()
-            logits = self._pass(self.ids, self.attention_mask, at, self.cache, distinct=self.num_forwards == 0)
-            begin = self.prompt_width + start - self.model.logit_shift
-            stop = self.prompt_width + start + self.config.block_length if self.config.cache == "dual" else None
-            self.cache.window = slice(begin, stop)
+            logits = self._pass(self.ids, self.attention_mask, at, block, self.cache, distinct=self.num_forwards == 0)
+            stop = block.stop if self.config.cache == "dual" else self.ids.shape[1]
+            self.cache.window = slice(begin - self.model.logit_shift, stop)
             return logits
         window = self.cache.window
         assert window is not None
-        return self._pass(self.ids[:, window], self.attention_mask, at - window.start, self.cache)
+        self.cache.age += 1
+        block = slice(begin - window.start, begin - window.start + self.config.block_length)
+        return self._pass(self.ids[:, window], self.attention_mask, at - window.start, block, self.cache)
 
     def _pass(
-        self, ids: Tensor, mask: Tensor | None, at: Tensor, cache: WindowCache | None = None, distinct: bool = False
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        at: Tensor,
+        block: slice,
+        cache: WindowCache | None = None,
+        distinct: bool = False,
     ) -> Tensor:
-        """Logits [b, n, V] at columns `at` [b, n] of `ids`; rows that are equal go through the network once."""
+        """Logits [b, n, V] at columns `at` [b, n] of `ids`, all of them in `block`; `distinct`: equal rows once."""
         self.num_forwards += 1
         copies = None
         if distinct:
             key = ids if mask is None else ids.masked_fill(~mask, -1)
-            unique, copies = key.unique(dim=0, return_inverse=True)
-            if len(unique) == len(ids):
-                copies = None
-            else:
-                first = torch.full((len(unique),), len(ids), device=ids.device).scatter_reduce(
-                    0, copies, torch.arange(len(ids), device=ids.device), "amin"
-                )
-                ids, at, mask = ids[first], at[first], None if mask is None else mask[first]
+            found, copies = key.unique(dim=0, return_inverse=True)
+            rows = torch.arange(len(ids), device=ids.device)
+            first = rows.new_full((len(found),), len(ids)).scatter_reduce(0, copies, rows, "amin")
+            ids, at, mask = ids[first], at[first], None if mask is None else mask[first]
         length = ids.shape[1]
         position_ids = None
         if cache is not None and cache.window is not None:
             position_ids = torch.arange(cache.window.start, cache.window.start + length, device=ids.device)[None]
         flat = (torch.arange(len(ids), device=ids.device)[:, None] * length + at).flatten()
-        logits = self.model(ids, mask, position_ids=position_ids, past_key_values=cache, positions=flat)
+        logits = self.model(ids, mask, position_ids=position_ids, past_key_values=cache, positions=flat, columns=block)
         logits = logits.view(*at.shape, -1)
         if copies is None:
             return logits

@@ -1,10 +1,19 @@
 """Drawing tokens: counter-based noise, inverse-CDF draws, confidences, and which positions to commit."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.views import stream
+
+# Logits are drawn from in chunks of rows; a handful of temporaries of this size lives at once.
+MAX_DRAW_BYTES = 16 * 2**20
+_STRETCH = 256
+# A logit far below any other, yet finite: its product with a probability of 0 is 0.
+NEVER = -1e30
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -31,72 +40,110 @@ def row_keys(rows: Tensor, *key: int | str) -> Tensor:
     return _mix(_mix(rows * 0x1E3779B97F4A7C15) + base)
 
 
-def draw_tokens(logits: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
-    """Tokens [...] from softmax(logits / temperature) [..., V] by inverse CDF; the most likely ones at temperature 0.
+class Drawn(NamedTuple):
+    """What was drawn at n positions, and how the model saw it, all [n]."""
 
-    One uniform number per draw instead of one per vocabulary entry; float32 throughout.
+    tokens: Tensor
+    probs: Tensor  # of the drawn tokens
+    entropy: Tensor  # of the model's distribution, nats
+    order: Tensor  # of commitment by the config's `remasking`, higher first; "random" is left to the caller
+
+
+def draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_token_id: int, num_words: int) -> Drawn:
+    """One token from each row of `logits` [n, V] float32 (overwritten), by `noise` [n]; None: the most likely ones.
+
+    Never [MASK], nor an embedding row beyond the `num_words` of the vocabulary. [MASK] keeps its share of the
+    distribution by which confidences and entropies are measured, as in the published code.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    assert noise is not None
-    cdf = logits - logits.amax(-1, keepdim=True)
-    if temperature != 1:
-        cdf /= temperature
-    cdf = cdf.exp_().cumsum(-1)
-    total = cdf[..., -1:]
-    # Rounding must not carry the threshold up to the total: the entry found there could have probability zero.
-    threshold = torch.minimum((noise[..., None] * total).float(), torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    rows = max(1, MAX_DRAW_BYTES // (4 * logits.shape[1]))
+    noises = [None] * len(logits) if noise is None else noise.split(rows)
+    parts = [
+        _draw(part, noises[index], config, mask_token_id, num_words) for index, part in enumerate(logits.split(rows))
+    ]
+    return parts[0] if len(parts) == 1 else Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def confidence_of(logits: Tensor, tokens: Tensor, config: SamplerConfig, noise: Tensor | None) -> Tensor:
-    """What decides the order of commitment, higher first: [...] float32 for logits [..., V] and drawn tokens [...]."""
-    if config.remasking == "random":
-        assert noise is not None
-        return noise.float()
-    if config.remasking == "low_confidence":
-        # log p / (1 - p), which orders as p does; p would round to 1 in float32 (the published code takes float64).
-        token = tokens[..., None]
-        others = logits.scatter(-1, token, -torch.inf).logsumexp(-1)
-        return logits.gather(-1, token).squeeze(-1) - others
-    probs = logits.softmax(-1)
+def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_token_id: int, num_words: int) -> Drawn:
+    logits[:, num_words:] = NEVER
+    mask_logit = logits[:, mask_token_id, None].clamp(min=NEVER)
+    logits[:, mask_token_id] = NEVER
+    best = logits.amax(-1, keepdim=True)
+    logits -= best
+    mask_logit -= best
+    mass = logits.exp()
+    if noise is None:
+        tokens = first_argmax(logits)[:, None]
+    else:
+        scaled = mass if config.temperature == 1 else (logits / config.temperature).exp_()
+        tokens = inverse_cdf(scaled, noise)[:, None]
+    token_logit = logits.gather(-1, tokens)
+    # The token apart: how little the others have is lost in 1 - p.
+    mass.scatter_(-1, tokens, 0)
+    log_others = torch.logaddexp(mass.sum(-1, keepdim=True).log(), mask_logit)
+    log_total = torch.logaddexp(token_logit, log_others)
+    mean_logit = torch.linalg.vecdot(mass, logits)[:, None] / log_total.exp()
+    for each in (token_logit, mask_logit):
+        mean_logit += (each - log_total).exp() * each
+    entropy = log_total - mean_logit
+    # log p / (1 - p) orders as p does; p would round to 1 in float32 (the published code takes float64).
+    order = log_odds = token_logit - log_others
     if config.remasking == "entropy":
-        return torch.special.entr(probs).sum(-1).neg()
-    first, second = probs.topk(2, dim=-1).values.unbind(-1)
-    return first - second
+        order = -entropy
+    elif config.remasking == "topk_margin":
+        logits[:, mask_token_id] = mask_logit[:, 0]
+        order = (logits.topk(2).values - log_total).exp().diff().neg()
+    return Drawn(tokens[:, 0], log_odds.sigmoid()[:, 0], entropy[:, 0], order[:, 0])
 
 
-def ranks(confidence: Tensor) -> Tensor:
-    """Place of each entry in its row when sorted by falling confidence (ties: earlier position first), [B, n]."""
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(confidence.shape[1], device=confidence.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+def _in_stretches(values: Tensor, fill: float) -> Tensor:
+    """Rows [n, V] cut into stretches [n, ceil(V / _STRETCH), _STRETCH], the last one filled up."""
+    extra = -values.shape[1] % _STRETCH
+    return (F.pad(values, (0, extra), value=fill) if extra else values).unflatten(1, (-1, _STRETCH))
 
 
-def commit_budget(confidence: Tensor, budget: Tensor, is_open: Tensor) -> Tensor:
-    """The `budget` [B] open positions of highest confidence in each row, [B, n] bool."""
-    return (ranks(confidence.masked_fill(~is_open, -torch.inf)) < budget[:, None]) & is_open
+def first_argmax(values: Tensor) -> Tensor:
+    """The first entry of each row of [n, V] that is the largest, [n]: of the stretches' maxima, then in the stretch.
 
-
-def commit_parallel(
-    confidence: Tensor, probs: Tensor, entropy: Tensor, config: SamplerConfig, is_open: Tensor
-) -> Tensor:
-    """Open positions that one step may commit together under the config's rule, at least one a row, [B, n] bool.
-
-    confidence orders the positions; probs and entropy [B, n] are those of the drawn tokens.
+    torch's own argmax over a large vocabulary takes ten times as long as its maximum.
     """
-    rank = ranks(confidence.masked_fill(~is_open, -torch.inf))
+    stretches = _in_stretches(values, -torch.inf)
+    stretch = stretches.amax(-1).argmax(-1)
+    return stretch * _STRETCH + stretches[torch.arange(len(values), device=values.device), stretch].argmax(-1)
+
+
+def inverse_cdf(mass: Tensor, noise: Tensor) -> Tensor:
+    """The entry of each row of `mass` [n, V] at which its running sum passes `noise` [n] times the total, [n].
+
+    One uniform number per draw instead of one per vocabulary entry. Sums of stretches first, then within the stretch
+    that is hit: a running sum is slow and, over a large vocabulary in float32, coarse.
+    """
+    stretches = _in_stretches(mass, 0.0)
+    sums = stretches.sum(-1).double().cumsum(-1)
+    threshold = _below(noise.double()[:, None] * sums[:, -1:], sums[:, -1:])
+    stretch = torch.searchsorted(sums, threshold, right=True)
+    before = torch.where(stretch > 0, sums.gather(1, (stretch - 1).clamp(min=0)), 0)
+    within = stretches[torch.arange(len(mass), device=mass.device), stretch[:, 0]].double().cumsum(-1)
+    entry = torch.searchsorted(within, _below(threshold - before, within[:, -1:]), right=True)
+    return (stretch * _STRETCH + entry)[:, 0]
+
+
+def _below(threshold: Tensor, total: Tensor) -> Tensor:
+    """`threshold`, kept below the total by rounding: the entry found there could have probability zero."""
+    return torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+
+
+def may_commit(probs: Tensor, entropy: Tensor, config: SamplerConfig) -> Tensor:
+    """Positions that one step commits together under the config's rule, at least the first, [B, n] bool.
+
+    probs and entropy [B, n] are those of the drawn tokens, in the order of commitment.
+    """
     if config.threshold is not None:
-        safe = probs >= config.threshold
-        return ((rank == 0) | safe) & is_open
-    order = rank.argsort(1)
-    if config.factor is not None:
-        sorted_probs = probs.gather(1, order)
+        fine = probs >= config.threshold
+    elif config.factor is not None:
         count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
-        fine = (count + 1) * (1 - sorted_probs) < config.factor
+        fine = ((count + 1) * (1 - probs) < config.factor).cumprod(1).bool()
     else:
         assert config.entropy_bound is not None
-        sorted_entropy = entropy.gather(1, order)
-        fine = sorted_entropy.cumsum(1) - sorted_entropy.cummax(1).values <= config.entropy_bound
-    prefix = fine.int().cumprod(1).sum(1).clamp(min=1)
-    return (rank < prefix[:, None]) & is_open
+        fine = (entropy.cumsum(1) - entropy.cummax(1).values <= config.entropy_bound).cumprod(1).bool()
+    fine[:, 0] = True
+    return fine
