@@ -4,7 +4,9 @@ Shapes: B rollouts, N views of each, P prompt tokens, C completion tokens, L = P
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,14 @@ from torch.nn import functional as F
 
 from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
 from dgrpo.views import MaskedViews
+
+
+class ViewScores(NamedTuple):
+    """What the model says of the scored tokens in every view, all [B, N, C] float32, 0 where the weight is 0."""
+
+    logps: Tensor  # log p(completion_k | picture n)
+    entropies: Tensor  # of the distribution there, nats
+    divergences: Tensor | None = None  # KL from the reference's distribution there, over the whole vocabulary
 
 
 def scoring_pass(
@@ -56,9 +66,12 @@ def score_views(
     temperature: float = 1.0,
     views_per_pass: int | None = None,
     entropy_grad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log p(completion_k | picture n) and the entropy there, two [B, N, C] float32; 0 where the weight is 0.
+    as_reference: Callable[[], AbstractContextManager] | None = None,
+) -> ViewScores:
+    """log p(completion_k | picture n) and the entropy there, [B, N, C] float32; 0 where the weight is 0.
 
+    `as_reference()` is a context within which `model` is the reference model: its hidden states, of one more pass
+    without gradient, give the exact KL; the head must be the same and not be trained.
     The pictures go through the network `views_per_pass` views of every rollout at a time (None: all at once), each
     such pass checkpointed, so memory does not grow with N and the number of passes depends on N alone. Within a pass
     equal pictures are computed once, forward and backward: they answer for all the rollouts that they stand for.
@@ -83,14 +96,21 @@ def score_views(
         )
         passes.append(asked)
         answers.append(answer)
+    if as_reference is not None:
+        with as_reference(), torch.no_grad():
+            hidden = model(passes=passes, hidden_only=True)
+        passes = [asked._replace(reference=rows) for asked, rows in zip(passes, hidden, strict=True)]
     scores: list[Scores] = model(passes=passes, temperature=temperature, entropy_grad=entropy_grad)
-    logps, entropies = [], []
-    for chunk, asked, answer, (logp, entropy) in zip(chunks, passes, answers, scores, strict=True):
+    found: list[list[Tensor]] = [[], [], []]
+    for chunk, asked, answer, score in zip(chunks, passes, answers, scores, strict=True):
         shape = (num_rows, len(chunk), input_ids.shape[1])
-        blank = logp.new_zeros(math.prod(shape))
-        logps.append(blank.index_put((answer,), logp).view(shape))
-        entropies.append(blank.index_put((answer,), entropy[asked.target_index]).view(shape))
-    return torch.cat(logps, 1)[..., -num_completion:], torch.cat(entropies, 1)[..., -num_completion:]
+        blank = score.logps.new_zeros(math.prod(shape))
+        per_target = [score.logps, score.entropy[asked.target_index]]
+        if score.divergence is not None:
+            per_target.append(score.divergence[asked.target_index])
+        for column, values in zip(found, per_target, strict=False):
+            column.append(blank.index_put((answer,), values).view(shape)[..., -num_completion:])
+    return ViewScores(*(torch.cat(column, 1) for column in found if column))
 
 
 def per_token_logps(
@@ -109,7 +129,7 @@ def per_token_logps(
     """
     if reduce not in ("sum", None):
         raise ValueError(f"reduce={reduce!r}: choose 'sum' (weighted sum over views) or None (all views).")
-    logps, _ = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings)
+    logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings).logps
     return logps if reduce is None else (views.weights * logps).sum(1)
 
 

@@ -1,5 +1,6 @@
 """Scoring under masked views: equal to the plain definition, in value and in gradient, however the work is cut up."""
 
+import contextlib
 import random
 from dataclasses import replace
 
@@ -74,7 +75,7 @@ def test_scores_equal_the_naive_loop(model, rollout, monkeypatch, frozen, chunke
     if chunked:
         monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
     views = random_views(rollout, 3)
-    logps, entropies = score_views(
+    logps, entropies, _ = score_views(
         model, *inputs(rollout), views, views_per_pass=views_per_pass, temperature=temperature
     )
     expected = expected_scores(model, rollout, views, temperature=temperature)
@@ -89,7 +90,7 @@ def test_scores_equal_the_naive_loop(model, rollout, monkeypatch, frozen, chunke
 @pytest.mark.parametrize("settings", [{"weight_tying": True}, {"embedding_size": 32}, {"n_kv_heads": 1}], ids=str)
 def test_scores_of_other_shapes_equal_the_naive_loop(tiny_llada, rollout, settings):
     model, views = tiny_llada(**settings), random_views(rollout, 2)
-    logps, entropies = score_views(model, *inputs(rollout), views)
+    logps, entropies, _ = score_views(model, *inputs(rollout), views)
     expected = expected_scores(model, rollout, views)
     torch.testing.assert_close(logps, expected[0].float(), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(entropies, expected[1].float(), rtol=1e-5, atol=2e-5)
@@ -118,23 +119,23 @@ def test_mask_token_is_the_given_one(model, rollout):
 def test_padding_row_order_and_company_change_nothing(model, rollout, kind):
     views = shared_views(rollout) if kind == "shared" else random_views(rollout, 2)
     prompt_ids, prompt_mask, completion_ids = inputs(rollout)
-    together = torch.stack(score_views(model, prompt_ids, prompt_mask, completion_ids, views))
+    together = torch.stack(score_views(model, prompt_ids, prompt_mask, completion_ids, views)[:2])
 
     order = torch.tensor([4, 2, 0, 5, 3, 1])
     shuffled = [tensor[order] for tensor in (prompt_ids, prompt_mask, completion_ids)]
     scores = score_views(model, *shuffled, MaskedViews(views.hidden[order], views.weights[order]))
-    torch.testing.assert_close(torch.stack(scores), together[:, order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(scores[:2]), together[:, order], rtol=1e-5, atol=1e-5)
 
     pad = torch.nn.functional.pad
     wider = MaskedViews(pad(views.hidden, (3, 0)), views.weights)
     scores = score_views(model, pad(prompt_ids, (3, 0), value=2), pad(prompt_mask, (3, 0)), completion_ids, wider)
-    torch.testing.assert_close(torch.stack(scores), together, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(scores[:2]), together, rtol=1e-5, atol=1e-5)
 
     for row in range(6):
         start = int((~prompt_mask[row]).sum())
         alone = [tensor[row, None] for tensor in (prompt_ids[:, start:], prompt_mask[:, start:], completion_ids)]
         scores = score_views(model, *alone, MaskedViews(views.hidden[row, None, :, start:], views.weights[row, None]))
-        torch.testing.assert_close(torch.stack(scores), together[:, row, None], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.stack(scores[:2]), together[:, row, None], rtol=1e-5, atol=1e-5)
 
 
 def test_integer_prompt_mask_means_the_same(model, rollout):
@@ -151,7 +152,7 @@ def test_rows_without_any_scored_token_do_not_disturb_the_others(model, rollout,
     weights[rows] = 0
     weights[3, 1] = 0
     fewer = MaskedViews(views.hidden, weights)
-    logps, entropies = score_views(model, *inputs(rollout), fewer, views_per_pass=1)
+    logps, entropies, _ = score_views(model, *inputs(rollout), fewer, views_per_pass=1)
     expected = expected_scores(model, rollout, fewer)
     torch.testing.assert_close(logps, expected[0].float(), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(entropies, expected[1].float(), rtol=1e-5, atol=2e-5)
@@ -159,7 +160,7 @@ def test_rows_without_any_scored_token_do_not_disturb_the_others(model, rollout,
 
 def test_mean_entropy_averages_the_views_that_score_the_token(model, rollout):
     views = random_views(rollout, 3)
-    _, entropies = score_views(model, *inputs(rollout), views)
+    _, entropies, _ = score_views(model, *inputs(rollout), views)
     averaged = mean_entropy(entropies, views)
     several = 0
     for row in range(6):
@@ -220,7 +221,7 @@ def test_gradients_equal_plain_autograd(model, rollout, monkeypatch, frozen, chu
     entropy_coefficients = torch.randn(6, 2, COMPLETION, generator=generator) * entropy_grad
     expected = naive_gradients(model, rollout, views, coefficients, entropy_coefficients, temperature=0.8)
     for views_per_pass in (None, 1):
-        logps, entropies = score_views(
+        logps, entropies, _ = score_views(
             model,
             *inputs(rollout),
             views,
@@ -302,7 +303,7 @@ def test_nothing_scored_gives_zeros_that_still_have_a_graph(model, rollout, froz
         model = with_lora(model)
     views = random_views(rollout, 2)
     views = MaskedViews(views.hidden, torch.zeros_like(views.weights))
-    logps, entropies = score_views(model, *inputs(rollout), views, views_per_pass=1)
+    logps, entropies, _ = score_views(model, *inputs(rollout), views, views_per_pass=1)
     assert (logps == 0).all()
     assert (entropies == 0).all()
     gradients = gradients_of(logps.sum(), model)
@@ -354,7 +355,7 @@ def test_number_of_passes_depends_on_the_number_of_views_alone(model, rollout, v
     empty = MaskedViews(views.hidden, torch.zeros_like(views.weights))
     for each in (views, random_views(rollout, 3), empty):
         del rows[:]
-        logps, _ = score_views(model, *inputs(rollout), each, views_per_pass=views_per_pass)
+        logps, *_ = score_views(model, *inputs(rollout), each, views_per_pass=views_per_pass)
         forward = {1: 3, 2: 2, 4: 1}[views_per_pass]
         assert len(rows) == forward
         logps.sum().backward()
@@ -408,6 +409,65 @@ def test_scores_inside_peft_equal_those_of_the_merged_model(tiny_llada, rollout)
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["one chunk", "chunked"])
+@pytest.mark.parametrize("views_per_pass", [None, 1])
+def test_exact_kl_and_its_gradient_equal_plain_autograd(tiny_llada, rollout, monkeypatch, chunked, views_per_pass):
+    model, views = with_lora(tiny_llada()), random_views(rollout, 2)
+    coefficients = torch.randn(6, 2, COMPLETION, generator=torch.Generator().manual_seed(4))
+    if chunked:
+        monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
+    scores = score_views(
+        model,
+        *inputs(rollout),
+        views,
+        mask_token_id=MASK,
+        temperature=0.8,
+        views_per_pass=views_per_pass,
+        entropy_grad=True,
+        as_reference=model.disable_adapter,
+    )
+    plainly = score_views(
+        model, *inputs(rollout), views, mask_token_id=MASK, temperature=0.8, views_per_pass=views_per_pass
+    )
+    assert torch.equal(scores.logps, plainly.logps)
+    assert plainly.divergences is None
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)
+    canvases = views.canvases(ids, MASK).flatten(0, 1)
+    mask = torch.cat([rollout.prompt_mask, torch.ones(6, COMPLETION, dtype=torch.bool)], 1).repeat_interleave(2, 0)
+
+    def log_probs() -> torch.Tensor:
+        logits = model(canvases, mask).logits[:, -COMPLETION:].unflatten(0, (6, 2))
+        return (logits / 0.8).log_softmax(-1)
+
+    with model.disable_adapter(), torch.no_grad():
+        reference = log_probs()
+    ours = log_probs()
+    scored = views.weights != 0
+    expected = (ours.exp() * (ours - reference)).sum(-1) * scored
+    assert expected[scored].min() > 1e-3
+    torch.testing.assert_close(scores.divergences, expected, rtol=1e-4, atol=1e-5)
+    entropies = torch.special.entr(ours.exp()).sum(-1) * scored
+    mixed = [
+        (coefficients * (a + 0.5 * b + c * scored)).sum()
+        for a, b, c in (
+            (scores.divergences, scores.entropies, scores.logps),
+            (
+                expected,
+                entropies,
+                ours.gather(-1, rollout.completion_ids[:, None].expand(-1, 2, -1)[..., None])[..., 0],
+            ),
+        )
+    ]
+    found, wanted = (gradients_of(each, model) for each in mixed)
+    for name, gradient in found.items():
+        assert (gradient - wanted[name]).norm() / wanted[name].norm() < 1e-4, name
+
+
+def test_exact_kl_is_refused_for_a_head_that_is_trained(model, rollout):
+    with pytest.raises(ValueError, match="exact KL needs a head that is not trained"):
+        score_views(model, *inputs(rollout), random_views(rollout, 1), as_reference=contextlib.nullcontext)
+
+
 # What scoring leaves alone
 
 
@@ -418,7 +478,7 @@ def test_global_random_states_and_inputs_stay_as_they_are(model, rollout):
     views = random_views(rollout, 2)
     kept = [tensor.clone() for tensor in (*inputs(rollout), views.hidden, views.weights)]
     before = states()
-    logps, _ = score_views(model, *inputs(rollout), views, views_per_pass=1, entropy_grad=True)
+    logps, *_ = score_views(model, *inputs(rollout), views, views_per_pass=1, entropy_grad=True)
     logps.sum().backward()
     assert states() == before
     after = (*inputs(rollout), views.hidden, views.weights)

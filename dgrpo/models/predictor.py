@@ -29,13 +29,15 @@ class ScoringPass(NamedTuple):
     target_index: Tensor  # [T], ascending: the asked position (0..Q-1) on which targets[t] is scored
     targets: Tensor  # [T]
     columns: slice = EVERYWHERE  # of L, where all the asked positions are
+    reference: Tensor | None = None  # [Q, d] the reference model's hidden states at the positions
 
 
 class Scores(NamedTuple):
-    """Answers to a ScoringPass, float32: log p(target) for each target, entropy of each asked position."""
+    """Answers to a ScoringPass, float32: log p(target) for each target; entropy and divergence at each position."""
 
     logps: Tensor  # [T]
     entropy: Tensor  # [Q]
+    divergence: Tensor | None = None  # [Q] KL(model, reference) over the whole vocabulary, if a reference was given
 
 
 class _WideProduct(torch.autograd.Function):
@@ -89,19 +91,21 @@ def _chunks(num_rows: int, vocab_size: int, target_index: Tensor) -> list[tuple[
 class _FrozenHeadScores(torch.autograd.Function):
     """Scores under a head that is not trained, without keeping or recomputing [rows, V] for the backward pass.
 
-    d log p(t) / d h = W[t] - E_p[W] and dH / d h = -E_p[(log p + H) W] are linear in what comes back, so the
-    expectations are taken while the chunk's probabilities exist. The weight is not needed in the backward pass,
-    where ZeRO-3 would have partitioned it again.
+    d log p(t) / d h = W[t] - E_p[W], dH / d h = -E_p[(log p + H) W] and dKL / d h = E_p[(log p - log q - KL) W] are
+    linear in what comes back, so the expectations are taken while the chunk's probabilities exist. The weight is not
+    needed in the backward pass, where ZeRO-3 would have partitioned it again.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target_index, targets, temperature, entropy_grad):
+    def forward(ctx, hidden, weight, target_index, targets, temperature, entropy_grad, reference):
         needs_grad = ctx.needs_input_grad[0]
         logps = hidden.new_empty(targets.shape, dtype=torch.float32)
         entropy = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
         mean_row = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
         target_row = hidden.new_empty((len(targets), hidden.shape[1]), dtype=torch.float32) if needs_grad else None
         entropy_row = torch.empty_like(mean_row) if needs_grad and entropy_grad else None
+        divergence = None if reference is None else torch.empty_like(entropy)
+        divergence_row = torch.empty_like(mean_row) if needs_grad and reference is not None else None
         for rows, scored in _chunks(len(hidden), len(weight), target_index):
             logits = float_logits(hidden[rows], weight)
             if temperature != 1:
@@ -124,28 +128,43 @@ class _FrozenHeadScores(torch.autograd.Function):
                 with torch.autocast(hidden.device.type, enabled=False):
                     mean_row[rows] = (row @ weight).float()
                 target_row[scored] = weight[targets[scored]].float() - weight[top[index, 0]].float()
+            if divergence is not None:
+                gap = _log_softmax(float_logits(reference[rows], weight), temperature)
+                gap = logits - log_total - gap
+                share = probs.scatter_(1, top, 1 / total)
+                divergence[rows] = torch.linalg.vecdot(share, gap)
+                if divergence_row is not None:
+                    gap -= divergence[rows, None]
+                    with torch.autocast(hidden.device.type, enabled=False):
+                        divergence_row[rows] = ((share * gap).to(weight.dtype) @ weight).float()
             if entropy_row is not None:
                 logits += (entropy[rows] - log_total[:, 0])[:, None]
                 share = probs.scatter_(1, top, 1 / total).mul_(logits).to(weight.dtype)
                 with torch.autocast(hidden.device.type, enabled=False):
                     entropy_row[rows] = (share @ weight).float()
         if needs_grad:
-            saved = [target_index, mean_row, target_row] + ([] if entropy_row is None else [entropy_row])
-            ctx.save_for_backward(*saved)
+            ctx.save_for_backward(target_index, mean_row, target_row, entropy_row, divergence_row)
             ctx.temperature, ctx.dtype = temperature, hidden.dtype
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        return logps, entropy, divergence
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
-        target_index, mean_row, target_rows, *entropy_row = ctx.saved_tensors
+    def backward(ctx, grad_logps, grad_entropy, grad_divergence):
+        target_index, mean_row, target_rows, entropy_row, divergence_row = ctx.saved_tensors
         per_position = mean_row.new_zeros(len(mean_row)).index_add_(0, target_index, grad_logps)
         grad = mean_row * -per_position[:, None]
         grad.index_add_(0, target_index, target_rows * grad_logps[:, None])
-        if entropy_row:
-            grad -= entropy_row[0] * grad_entropy[:, None]
-        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None, None
+        if entropy_row is not None:
+            grad -= entropy_row * grad_entropy[:, None]
+        if divergence_row is not None:
+            grad += divergence_row * grad_divergence[:, None]
+        return (grad / ctx.temperature).to(ctx.dtype), None, None, None, None, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits / temperature if temperature != 1 else logits
+    return logits - logits.logsumexp(-1, keepdim=True)
 
 
 def _plain_scores(hidden: Tensor, weight: Tensor, target_index: Tensor, targets: Tensor, temperature: float):
@@ -176,13 +195,19 @@ class ScoringHead(nn.Linear):
         targets: Tensor | None = None,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        reference: Tensor | None = None,
     ) -> Tensor | Scores:
-        """Float32 logits [..., V] of hidden states, or Scores when `targets` [T] and `target_index` [T] are given."""
+        """Float32 logits [..., V] of hidden states, or Scores when `targets` [T] and `target_index` [T] are given.
+
+        `reference` [Q, d] holds another model's hidden states for this head, to measure the KL against.
+        """
         if targets is None:
             return float_logits(hidden.flatten(0, -2), self.weight).unflatten(0, hidden.shape[:-1])
         if not (self.weight.requires_grad and torch.is_grad_enabled()):
-            scored = _FrozenHeadScores.apply(hidden, self.weight, target_index, targets, temperature, entropy_grad)
-            return Scores(*scored)
+            asked = (hidden, self.weight, target_index, targets, temperature, entropy_grad, reference)
+            return Scores(*_FrozenHeadScores.apply(*asked))
+        if reference is not None:
+            raise ValueError("reference: the exact KL needs a head that is not trained; fine-tune with LoRA.")
         chunks = _chunks(len(hidden), len(self.weight), target_index)
         parts = []
         for rows, scored in chunks:
@@ -225,16 +250,20 @@ class MaskPredictor:
         passes: list[ScoringPass] | None = None,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        hidden_only: bool = False,
         **unused,
     ):
         """Scores of each of `passes`; or float32 logits [Q, V] at `positions`; or all logits [U, L, V].
 
+        `hidden_only` gives the hidden states [Q, d] of each of `passes`, for another call's `reference`.
         `columns` promises that all positions lie in this slice of the L columns: the last layer is left out elsewhere.
         Several passes are checkpointed one by one: activations of one pass live at a time, for one more forward.
         """
         if given := [name for name, value in unused.items() if value is not None and value is not False]:
             raise TypeError(f"A mask predictor's forward does not take {', '.join(given)}.")
         if passes is not None:
+            if hidden_only:
+                return [self._asked_rows(each) for each in passes]
             if len(passes) == 1 or not torch.is_grad_enabled():
                 return [self._score(each, temperature, entropy_grad) for each in passes]
             return [checkpoint(self._score, each, temperature, entropy_grad, use_reentrant=False) for each in passes]
@@ -259,5 +288,8 @@ class MaskPredictor:
         return hidden.flatten(0, 1)[positions // length * hidden.shape[1] + column - (columns.start or 0)]
 
     def _score(self, asked: ScoringPass, temperature: float, entropy_grad: bool) -> Scores:
-        rows = self._rows(asked.positions, asked.columns, asked.input_ids, asked.attention_mask)
-        return self.get_output_embeddings()(rows, asked.target_index, asked.targets, temperature, entropy_grad)
+        head, rows = self.get_output_embeddings(), self._asked_rows(asked)
+        return head(rows, asked.target_index, asked.targets, temperature, entropy_grad, asked.reference)
+
+    def _asked_rows(self, asked: ScoringPass) -> Tensor:
+        return self._rows(asked.positions, asked.columns, asked.input_ids, asked.attention_mask)
