@@ -65,9 +65,9 @@ class MetricsFile(TrainerCallback):
         self.rows: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step and self.path.exists():
-            with open(self.path, newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.global_step]
+        # From the checkpoint, not from the file, which may end before it or hold rows from after it.
+        for row in state.log_history:
+            self.add(row["step"], {name: value for name, value in row.items() if name != "step"})
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Adds `values` to the row of `step`."""
@@ -100,8 +100,17 @@ class MetricsFile(TrainerCallback):
 class HeldOutEvaluation(TrainerCallback):
     """Greedy accuracy on held-out problems before, every `every` updates, and after training; disturbs nothing."""
 
-    def __init__(self, trainer: DiffuGRPOTrainer, task: Task, rows: Dataset, every: int, metrics: MetricsFile):
+    def __init__(
+        self,
+        trainer: DiffuGRPOTrainer,
+        task: Task,
+        rows: Dataset,
+        every: int,
+        metrics: MetricsFile,
+        keeps_best: bool = False,
+    ):
         self.trainer, self.task, self.rows, self.every, self.metrics = trainer, task, list(rows), every, metrics
+        self.keeps_best = keeps_best
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
@@ -133,6 +142,7 @@ class HeldOutEvaluation(TrainerCallback):
             )
         step = trainer.state.global_step
         logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
+        trainer.state.log_history.append({**logs, "step": step})
         if trainer.state.is_world_process_zero:
             self.metrics.add(step, logs)
             for callback in trainer.callback_handler.callbacks:
@@ -157,10 +167,19 @@ class HeldOutEvaluation(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.measure()
+            self._keep_if_best(self.measure().accuracy)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.after = self.measure()
+        if self.every:
+            self._keep_if_best(self.after.accuracy)
+
+    def _keep_if_best(self, accuracy: float) -> None:
+        """Saves the weights as `best` where no earlier ones of this run, the untrained ones aside, answer as well."""
+        state = self.trainer.state
+        known = [row["eval_accuracy"] for row in state.log_history[:-1] if row["step"] and "eval_accuracy" in row]
+        if self.keeps_best and accuracy > max(known, default=-1.0):
+            self.trainer.save_best({"step": state.global_step, "eval_accuracy": accuracy})
 
 
 def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> None:

@@ -25,9 +25,11 @@ from dgrpo.models.loading import family_of
 from dgrpo.report import write_curves, write_report
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.checkpoints import last_complete_checkpoint
+from dgrpo.trainers.checkpoints import last_complete_checkpoint, refuse_to_mix_runs
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
+
+logger = logging.get_logger(__name__)
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
 
@@ -55,7 +57,20 @@ class RecipeConfig:
         default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to go on from."}
     )
     sample_every: int = field(default=4, metadata={"help": "Rollouts between printed completions; 0: none."})
+    keep_best: bool = field(
+        default=True, metadata={"help": "Keep the weights of the best evaluation in output_dir/best (evaluate_every)."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+    def __post_init__(self):
+        for name, least in {
+            "num_train_problems": 1,
+            "num_eval_problems": 1,
+            "evaluate_every": 0,
+            "sample_every": 0,
+        }.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value}: must be {least} or more.")
 
 
 def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None) -> tuple:
@@ -129,6 +144,8 @@ def rewards_of(recipe: RecipeConfig) -> list:
 def main(task: Task, recipe_file: str) -> None:
     """A recipe, from its settings to its results."""
     recipe, args, model_config = parse_recipe(recipe_file)
+    if not recipe.resume:
+        refuse_to_mix_runs(args.output_dir)
     train_rows, held_out = load_rows(
         task,
         recipe.dataset,
@@ -159,12 +176,14 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
     metrics = MetricsFile(output_dir / "metrics.csv")
-    evaluation = HeldOutEvaluation(trainer, task, held_out, recipe.evaluate_every, metrics)
+    evaluation = HeldOutEvaluation(trainer, task, held_out, recipe.evaluate_every, metrics, recipe.keep_best)
     attach(trainer, [metrics, ProgressLine(trainer, recipe.sample_every), evaluation])
     if trainer.accelerator.is_main_process:
         _write_config(output_dir, recipe, args, model_name)
     started, cpu_started = time.perf_counter(), time.process_time()
     checkpoint = last_complete_checkpoint(output_dir) if recipe.resume else None
+    if recipe.resume and checkpoint is None:
+        logger.warning(f"resume=True: {output_dir} holds no whole checkpoint; the run starts from the beginning.")
     trainer.train(resume_from_checkpoint=checkpoint)
     wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     trainer.save_model()

@@ -1,11 +1,19 @@
 """Resuming: a run stopped at any checkpoint ends bit-equal to the one that was not."""
 
+import inspect
+import random
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainerState
+from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
+from dgrpo.callbacks import MetricsFile
 from dgrpo.trainers.checkpoints import last_complete_checkpoint
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
@@ -51,7 +59,7 @@ def build(tiny_llada, tokenizer, tmp_path):
             processing_class=tokenizer,
             args=DiffuGRPOConfig(output_dir=str(tmp_path / folder), **(defaults | settings)),
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            reward_funcs=share_of_b,
+            reward_funcs=share_of_b_and_chance,
             callbacks=callbacks,
         )
 
@@ -63,22 +71,84 @@ def weights(trainer) -> torch.Tensor:
 
 
 def logged(trainer) -> list[dict]:
-    timings = ("time", "second", "runtime", "flos")
+    timings = ("time", "second", "runtime")
     rows = trainer.state.log_history
     return [{k: v for k, v in row.items() if not any(word in k for word in timings)} for row in rows][:-1]
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6, 9, 11], ids=lambda step: f"stopped at {step}")
-def test_a_resumed_run_ends_bit_equal(build, tmp_path, stop):
-    straight = build("straight", save_strategy="no")
+def share_of_b_and_chance(prompts, completions, **columns) -> list[float]:
+    """Draws from the three random states that a checkpoint holds."""
+    chance = random.random() + np.random.rand() + torch.rand(()).item()
+    return [value + chance * (index % 2) for index, value in enumerate(share_of_b(prompts, completions))]
+
+
+@pytest.mark.parametrize(("stop", "logging_steps"), [(4, 1), (5, 5), (6, 5), (9, 5), (11, 1)])
+def test_a_resumed_run_ends_bit_equal(build, tmp_path, stop, logging_steps):
+    settings = {"logging_steps": logging_steps, "log_completions": True, "num_completions_to_print": 0}
+    straight = build("straight", save_strategy="no", **settings)
     straight.train()
-    build("cut", callbacks=[StopAt(stop)]).train()
-    resumed = build("cut")
+    build("cut", callbacks=[StopAt(stop)], save_steps=stop, **settings).train()
+    resumed = build("cut", save_strategy="no", **settings)
+    torch.rand(7), random.random(), np.random.rand()
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{stop}"))
     assert torch.equal(weights(straight), weights(resumed))
+    for old, new in zip(straight.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
     assert logged(straight) == logged(resumed)
-    # Where the last rollout came before the stop, the resumed run has made none of its own.
-    assert resumed.logged_completions in ([], straight.logged_completions)
+    assert resumed.logged_completions == straight.logged_completions
+    for path in sorted((tmp_path / "straight/completions").iterdir()):
+        assert pd.read_parquet(path).equals(pd.read_parquet(tmp_path / "cut/completions" / path.name))
+
+
+def test_a_run_that_was_stopped_after_its_last_update_makes_no_more(build, tmp_path):
+    build("cut", save_steps=12).train()
+    finished = build("cut", max_steps=12)
+    finished.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "cut"))
+    assert finished.state.global_step == 12
+    stored = load_file(tmp_path / "cut/checkpoint-12/model.safetensors")
+    found = dict(finished.model.named_parameters())
+    assert all(torch.equal(stored[name], found[name]) for name in stored)
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused(build, tmp_path):
+    build("cut", callbacks=[StopAt(2)], save_only_model=True).train()
+    with pytest.raises(ValueError, match="rollout_0.pt is missing; .* save_only_model=True"):
+        build("cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+
+
+def test_rows_logged_after_the_checkpoint_are_not_repeated(tmp_path):
+    """From the checkpoint's history, whatever stands in the file."""
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.path.write_text("step,loss\n1,0.5\n2,0.25\n3,9\n")
+    history = [{"eval_accuracy": 0.1, "step": 0}, {"loss": 0.5, "step": 1}, {"loss": 0.25, "step": 2}]
+    metrics.on_train_begin(None, TrainerState(global_step=2, log_history=history), None)
+    metrics.on_log(None, TrainerState(global_step=3), None, logs={"loss": 0.125})
+    metrics.flush()
+    assert metrics.path.read_text().split() == ["step,eval_accuracy,loss", "0,0.1,", "1,,0.5", "2,,0.25", "3,,0.125"]
+
+
+def test_the_parents_have_the_methods_that_checkpoints_and_guards_rest_on():
+    expected = {
+        "_get_output_dir": ["trial"],
+        "_push_from_checkpoint": ["checkpoint_folder"],
+        "_save_checkpoint": ["model", "trial"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_get_grad_norm": ["model", "grad_norm"],
+        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] == parameters, name
+    source = inspect.getsource(Trainer)
+    for attribute in (
+        "self._tr_loss = torch.tensor(0.0",
+        "self._total_loss_scalar = 0.0",
+        "self._globalstep_last_logged",
+    ):
+        assert attribute in source
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self._prepare_for_training(") < loop.index("self._tr_loss =") < loop.index("on_train_begin(")
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.index("self._get_grad_norm(") < epoch.index("self.optimizer.step()")
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(build, tmp_path):

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
+from dgrpo.models.adapters import adapters_folded_in
 from dgrpo.trainers.data import without_long_prompts
 from dgrpo.views import MaskedViews
 
@@ -91,8 +92,8 @@ def spy_on_scores(trainer) -> list[tuple[torch.Tensor, dict]]:
     seen = []
     score = trainer._score
 
-    def spy(model, batch, views):
-        result = score(model, batch, views)
+    def spy(model, batch, views, as_reference=None):
+        result = score(model, batch, views, as_reference)
         if trainer._loss_inputs is not None:
             seen.append(((views.weights * result[0]).sum(1).detach(), batch))
         return result
@@ -264,6 +265,76 @@ def test_watching_the_kl_does_not_change_training(trainer, tiny_llada):
     assert min(logs[1]) > 0
 
 
+def test_exact_kl_is_the_mean_of_the_divergences_and_pulls_towards_the_reference(trainer, tiny_llada):
+    finals = {}
+    for beta in (1e-6, 10.0):
+        run = trainer(
+            own_model=tiny_llada(),
+            lora=lora(),
+            kl="exact",
+            beta=beta,
+            learning_rate=1e-2,
+            reward=place_in_group,
+        )
+        seen = []
+        score = run._score
+
+        def spy(*given, score=score, seen=seen):
+            result = score(*given)
+            if result.divergences is not None:
+                seen.append((result.divergences.sum() / (result.divergences != 0).sum()).item())
+            return result
+
+        run._score = spy
+        run.train()
+        logged = [row["kl"] for row in run.state.log_history if "kl" in row]
+        assert len(logged) == len(seen) == 4
+        assert logged == pytest.approx(seen, rel=1e-5)
+        finals[beta] = logged[-1]
+    assert 0 < finals[10.0] < 0.8 * finals[1e-6]
+
+
+def test_exact_kl_needs_a_head_that_is_not_trained(trainer):
+    with pytest.raises(ValueError, match="kl='exact' needs a head that is not trained"):
+        trainer(kl="exact", beta=0.1)
+
+
+def test_merged_rollouts_are_the_same_and_leave_the_base_weights_as_they_were(trainer, tiny_llada):
+    tokens, bases = [], []
+    for merge in (False, True):
+        run = trainer(own_model=tiny_llada(), lora=lora(), merge_adapter_for_rollouts=merge, reward=place_in_group)
+        layer = run.model.base_model.model.model.transformer["blocks"][0].q_proj
+        before, inside = layer.base_layer.weight.clone(), []
+        layer.base_layer.register_forward_hook(lambda module, *_, inside=inside: inside.append(module.weight.clone()))
+        rows = [{"prompt": prompt, "letter": "a"} for prompt in PROMPTS[:2] for _ in range(4)]
+        tokens.append(run._generate_and_score_completions(rows)["completion_ids"])
+        bases.append((torch.equal(inside[0], before), torch.equal(layer.base_layer.weight, before), layer.merged))
+    assert torch.equal(*tokens)
+    assert bases == [(True, True, False), (False, True, False)]
+
+
+def test_merged_weights_are_put_back_when_a_rollout_fails(model):
+    adapted = get_peft_model(model, lora())
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    with pytest.raises(KeyError), adapters_folded_in(adapted):
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+
+
+@pytest.mark.parametrize(("settings", "measured"), [({"cache": "dual"}, 2), ({"threshold": 0.05}, 2), ({}, 0)])
+def test_what_a_shortcut_changes_is_logged_now_and_then(trainer, settings, measured):
+    run = trainer(max_steps=8, agreement_every=2, reward=place_in_group, **settings)
+    run.train()
+    agreements = [row["rollout/agreement"] for row in run.state.log_history if "rollout/agreement" in row]
+    assert len(agreements) == measured
+    assert all(0 <= share <= 1 for share in agreements)
+    passes = [
+        row["rollout/forwards_per_token"] for row in run.state.log_history if "rollout/forwards_per_token" in row
+    ]
+    assert len(passes) == 4
+    assert (min(passes) < 1) == ("threshold" in settings)
+
+
 def test_full_fine_tuning_keeps_a_reference_model(trainer, model, tokenizer, tmp_path):
     from dgrpo import load_model
 
@@ -387,11 +458,14 @@ def test_a_users_own_estimator_trains(model, tokenizer, config):
         ("diffusion_steps", 1, "raise it to 2"),
         ("estimator", "two_step", "choose one_step"),
         ("estimator", "no_such_module:f", "cannot import"),
-        ("prompt_mask_scope", "batch", "choose 'group' or 'row'"),
+        ("prompt_mask_scope", "batch", "choose 'group', 'row'"),
         ("p_mask_prompt", 1.5, "probability"),
         ("per_device_train_batch_size", 6, "multiple of num_generations=4"),
         ("num_generations", 1, "at least 2"),
         ("score_temperature", 0.0, "positive"),
+        ("kl", "k9", "choose 'k3', 'exact'"),
+        ("kl", "exact", "set beta"),
+        ("agreement_every", -1, "0 for never"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_value_and_remedy(config, setting, value, remedy):

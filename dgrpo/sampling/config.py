@@ -1,6 +1,6 @@
 """Settings of the reverse process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
@@ -82,6 +82,15 @@ class SamplerConfig:
     @property
     def num_blocks(self) -> int:
         return self.max_completion_length // self.block_length
+
+    def exact(self) -> "SamplerConfig":
+        """The same sampler without approximations."""
+        return replace(self, cache=None, cache_refresh=None, threshold=None, factor=None, entropy_bound=None)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the settings take a shortcut: a cache that goes out of date, or several tokens at once."""
+        return self.parallel or (self.cache is not None and self.cache_refresh != 1)
 
     @property
     def parallel(self) -> bool:

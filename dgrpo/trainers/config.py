@@ -3,12 +3,19 @@
 from dataclasses import dataclass, field
 
 import torch
+import trl
+from packaging.version import Version
 from trl import GRPOConfig
 
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import NEEDS_WHOLE_GROUPS, OBJECTIVES, check_combination
 from dgrpo.sampling import SamplerConfig
-from dgrpo.trainers.plugins import resolve_estimator
+from dgrpo.trainers.plugins import check_settings, resolve_estimator
+
+if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
+    raise ImportError(
+        f"dgrpo overrides private methods of trl 1.16, not of {trl.__version__}: pip install 'trl>=1.16,<1.17'"
+    )
 
 # Settings of TRL that speak of next-token generation or of another log-probability; honoured by nothing here.
 _REFUSED = {
@@ -25,6 +32,27 @@ _REFUSED = {
     "router_aux_loss_coef": (None, "no family has a load-balancing loss"),
     "cast_lm_head_to_fp32": (False, "log-probabilities are float32 already"),
     "off_policy_mask_threshold": (None, "it needs the sampler's own log-probabilities"),
+    "transformers_continuous_batching_config": (None, "rollouts are denoised by dgrpo's own sampler"),
+    "max_tool_calling_iterations": (None, "a denoised completion cannot wait for a tool"),
+    "pad_to_multiple_of": (("auto", None), "views are drawn on the canvas as it is"),
+    "trust_remote_code": (False, "no family runs code of its checkpoint"),
+    "label_smoothing_factor": (0.0, "the loss has no labels"),
+    "neftune_noise_alpha": (None, "noise in the embeddings moves the ratio where the policy has not moved"),
+    "auto_find_batch_size": (False, "groups decide the batch; lower per_device_train_batch_size"),
+    "train_sampling_strategy": ("random", "prompts are met group by group, in an order that resuming relies on"),
+    "data_seed": (None, "the order of the prompts follows seed"),
+    "ignore_data_skip": (False, "a resumed run would meet the prompts of the epoch's beginning again"),
+}
+# Settings of TRL's loss, which an objective of ours takes the place of.
+_LOSS_ONLY = ("kl", "delta", "entropy_coef", "use_adaptive_entropy", "top_entropy_quantile")
+# Words; TRL looks at its own for the first time in the middle of the first update.
+_CHOICES = {
+    "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "prompt_mask_scope": ("group", "row"),
+    "kl": ("k3", "exact"),
 }
 
 
@@ -60,6 +88,14 @@ class DiffuGRPOConfig(GRPOConfig):
     threshold: float | None = field(default=None, metadata={"help": "Commit every token at least this probable."})
     factor: float | None = field(default=None, metadata={"help": "Fast-dLLM's factor rule for parallel decoding."})
     entropy_bound: float | None = field(default=None, metadata={"help": "EB-Sampler's bound, in nats."})
+    merge_adapter_for_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Fold the adapter into the base weights while rollouts are sampled; takes a copy of them."},
+    )
+    agreement_every: int = field(
+        default=16,
+        metadata={"help": "Rollouts between measurements of what cache, threshold and their kin change; 0: none."},
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rows denoised at a time on one process; None: all of them."}
     )
@@ -83,18 +119,53 @@ class DiffuGRPOConfig(GRPOConfig):
         },
     )
     score_temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it in scoring."})
+    kl: str = field(
+        default="k3",
+        metadata={"help": "What beta weighs: 'k3', estimated from the sampled tokens, or 'exact', over all words."},
+    )
     log_kl: bool = field(
         default=False, metadata={"help": "Log the KL to the reference where beta is 0 and the loss does without it."}
     )
     views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
 
+    reward_timeout: float | None = field(
+        default=600.0,
+        metadata={"help": "Seconds that a reward may take for a batch before its rows count as not applicable."},
+    )
+    max_skipped_updates: int | None = field(
+        default=5,
+        metadata={
+            "help": "Updates with a NaN or infinite loss or gradient are skipped and kept in output_dir/bad_batches; "
+            "so many in a row end the run. None: no check."
+        },
+    )
+    collapse_window: int = field(
+        default=8, metadata={"help": "Rollouts in the averages that are watched for a collapse; 0: not watched."}
+    )
+    stop_on_collapse: bool = field(default=False, metadata={"help": "End the run there instead of a warning."})
+
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs", "objective_kwargs"]
 
     def __post_init__(self):
+        fields = self.__dataclass_fields__
         for name, (neutral, reason) in _REFUSED.items():
-            value = getattr(self, name, neutral)
-            if value != neutral:
-                raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutral!r}.")
+            neutrals = neutral if isinstance(neutral, tuple) else (neutral,)
+            if (value := getattr(self, name)) not in neutrals:
+                raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutrals[0]!r}.")
+        for name in [name for name in fields if name.startswith("vllm_")]:
+            if (value := getattr(self, name)) != fields[name].default:
+                raise ValueError(
+                    f"{name}={value!r} cannot be honoured: rollouts are denoised without vLLM. Remove it."
+                )
+        for name in _LOSS_ONLY if self.objective else ():
+            if (value := getattr(self, name)) != fields[name].default:
+                raise ValueError(
+                    f"{name}={value!r} is of TRL's loss, not of objective={self.objective!r}; remove one."
+                )
+        if (self.num_generations or 0) < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: rewards are compared within a group; set at least 2."
+            )
         if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size}: what a group shares needs it whole; "
@@ -105,16 +176,30 @@ class DiffuGRPOConfig(GRPOConfig):
             # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
         super().__post_init__()
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
         self.sampler()
         resolve_estimator(self.estimator)
         check_combination(self.estimator, self.importance_sampling_level, objective=self.objective, beta=self.beta)
-        if self.prompt_mask_scope not in ("group", "row"):
-            raise ValueError(f"prompt_mask_scope={self.prompt_mask_scope!r}: choose 'group' or 'row'.")
         if not 0 <= self.p_mask_prompt <= 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt}: must be a probability.")
         for name in ("score_temperature", "views_per_pass", "num_iterations"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive.")
+        optional = ("reward_timeout", "max_skipped_updates", "max_prompt_length", "rollout_batch_size")
+        for name in optional:
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}={value}: must be positive, or left out.")
+        if self.collapse_window < 0 or self.collapse_window == 1:
+            raise ValueError(f"collapse_window={self.collapse_window}: must be 2 or more rollouts, or 0 for no guard.")
+        if self.stop_on_collapse and not self.collapse_window:
+            raise ValueError("stop_on_collapse=True with collapse_window=0: nothing is watched; set collapse_window.")
+        if self.kl == "exact" and self.beta == 0.0:
+            raise ValueError("kl='exact' with beta=0: there is no KL in the loss; set beta, or leave kl at 'k3'.")
+        if self.agreement_every < 0:
+            raise ValueError(f"agreement_every={self.agreement_every}: must be a number of rollouts, or 0 for never.")
+        check_settings(self)
 
     @property
     def whole_groups(self) -> bool:

@@ -6,35 +6,28 @@ N masked views, mu inner updates per rollout batch.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import AbstractContextManager
 
 import torch
-import trl
-from packaging.version import Version
 from peft import PeftModel
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import split_tensor_dict, use_adapter
 
-from dgrpo.logprobs import mean_entropy, score_views
+from dgrpo.logprobs import ViewScores, mean_entropy, score_views
 from dgrpo.objectives import ObjectiveInputs, kl_k3
-from dgrpo.sampling import Rollout, generate
-from dgrpo.sampling.draw import row_keys
-from dgrpo.trainers import checkpoints
+from dgrpo.sampling import Rollout
+from dgrpo.trainers.checkpoints import ExactResume
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
+from dgrpo.trainers.guards import CollapseGuard, SkipsBadUpdates
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
 from dgrpo.trainers.rewards import check_columns, guarded
-from dgrpo.views import MaskedViews, draw_views, stream
-
-if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
-    raise ImportError(
-        f"dgrpo overrides private methods of trl 1.16, not of {trl.__version__}: pip install 'trl>=1.16,<1.17'"
-    )
+from dgrpo.trainers.rollouts import DenoisesRollouts
+from dgrpo.views import MaskedViews, stream
 
 
-class DiffuGRPOTrainer(GRPOTrainer):
+class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrainer):
     """trl.GRPOTrainer for mask predictors. What differs, method by method:
 
     `_generate_single_turn` denoises instead of generating left to right and draws the masked views of the rollouts;
@@ -60,11 +53,16 @@ class DiffuGRPOTrainer(GRPOTrainer):
         peft_config=None,
         estimator: Callable[..., MaskedViews] | None = None,
     ):
+        if isinstance(model, str):
+            raise ValueError(f"model={model!r}: pass the model itself, as dgrpo.load_model({model!r}) returns it.")
+        if args.kl == "exact" and peft_config is None and not isinstance(model, PeftModel):
+            raise ValueError("kl='exact' needs a head that is not trained: give a peft_config, or set kl='k3'.")
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         check_columns(reward_funcs, train_dataset.column_names)
         is_module = [isinstance(reward, torch.nn.Module | str) for reward in reward_funcs]
         reward_funcs = [
-            reward if module else guarded(reward) for reward, module in zip(reward_funcs, is_module, strict=True)
+            reward if module else guarded(reward, args.reward_timeout)
+            for reward, module in zip(reward_funcs, is_module, strict=True)
         ]
         if args.max_prompt_length is not None:
             train_dataset = without_long_prompts(train_dataset, processing_class, args.max_prompt_length)
@@ -84,9 +82,12 @@ class DiffuGRPOTrainer(GRPOTrainer):
         )
         if self._tokenizer.mask_token_id is None:
             raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
+        if args.collapse_window:
+            self.add_callback(CollapseGuard(args.collapse_window, args.stop_on_collapse))
         self.sampler_config = args.sampler()
         self.estimator = estimator or configured_estimator(args)
         self.objective = None if args.objective is None else configured_objective(args)
+        self._check_parallelism()
 
     @property
     def _mode(self) -> str:
@@ -117,59 +118,6 @@ class DiffuGRPOTrainer(GRPOTrainer):
         )
         sampler.set_epoch(0)
         return sampler
-
-    def any_process(self, flag: bool) -> bool:
-        """Whether the flag is true on any process."""
-        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        device = self.accelerator.device
-        started = time.perf_counter()
-        prompts = [torch.tensor(ids) for ids in prompt_ids]
-        padded = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
-        mask = pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left").to(device)
-        # Global row numbers: the noise of a row does not depend on how many processes share the batch.
-        rows = torch.arange(len(prompts), device=device) + self.accelerator.process_index * len(prompts)
-        # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
-        partitioned = self.is_fsdp_enabled or not self.args.ds3_gather_for_generation
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as unwrapped,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            self._rollout = generate(
-                unwrapped,
-                padded,
-                mask,
-                self.sampler_config,
-                row_keys=row_keys(rows, "rollout", self._mode, self.args.seed, self._round),
-                group=rows // num_generations,
-                batch_size=self.args.rollout_batch_size,
-                any_rank=self.any_process if partitioned else bool,
-            )
-        unit = self._rollout.group if self.args.whole_groups else rows
-        num_draws = self.num_iterations if self._mode == "train" else 1
-        key = ("views", self._mode, self.args.seed, self._round)
-        self._views = draw_views(self.estimator, self._rollout, unit, key, num_draws)
-        self._log_rollout(time.perf_counter() - started)
-        ids, ended = self._rollout.completion_ids.cpu(), self._rollout.completion_mask.cpu()
-        return [row[keep].tolist() for row, keep in zip(ids, ended, strict=True)], None
-
-    def _log_rollout(self, seconds: float) -> None:
-        rollout, metrics = self._rollout, self._metrics[self._mode]
-        num_tokens = rollout.completion_mask.sum()
-        distinct = torch.cat([rollout.group[:, None], rollout.completion_ids], 1).unique(dim=0)
-        totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float()])
-        num_tokens, num_distinct = self.accelerator.reduce(totals, "sum").tolist()
-        num_rows = len(rollout.completion_ids) * self.accelerator.num_processes
-        metrics["time/rollout"].append(seconds)
-        metrics["tokens_per_second"].append(num_tokens / seconds)
-        metrics["rollout/forwards"].append(float(rollout.num_forwards))
-        metrics["rollout/distinct_completions"].append(num_distinct / num_rows)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
@@ -235,21 +183,27 @@ class DiffuGRPOTrainer(GRPOTrainer):
 
     def _with_reference(self, batch: dict) -> dict:
         """`batch` with ref_per_token_logps [B, mu, C]: the reference model's, or this one's without its adapter."""
-        if self.beta == 0.0 and not self._watches_kl:
+        if self.args.kl == "exact" or (self.beta == 0.0 and not self._watches_kl):
             return batch
         if self.ref_model is not None:
             per_view = self._logps_of_draws(self.ref_model, batch)
         else:
-            model = self.accelerator.unwrap_model(self.model)
-            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            with self._as_reference():
                 per_view = self._logps_of_draws(self.model, batch)
         return batch | {"ref_per_token_logps": (batch["weights"] * per_view).sum(2)}
+
+    def _as_reference(self) -> AbstractContextManager:
+        """Inside, the policy is its own reference: without its adapter, or with the one that it started from."""
+        model = self.accelerator.unwrap_model(self.model)
+        return use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None)
 
     @property
     def _watches_kl(self) -> bool:
         """Whether the KL is a metric only; without an adapter there is no reference model to compare with."""
         return (
-            self.args.log_kl and self.beta == 0.0 and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+            self.args.log_kl
+            and self.args.beta == 0.0
+            and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         )
 
     @torch.no_grad()
@@ -262,8 +216,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
             )[0]
         return logps
 
-    def _score(self, model, batch: dict, views: MaskedViews) -> tuple[Tensor, Tensor]:
-        """log p(token | picture) and the entropies there under `views`, both [B, N, C]."""
+    def _score(self, model, batch: dict, views: MaskedViews, as_reference=None) -> ViewScores:
+        """log p(token | picture) under `views`, [B, N, C], the entropies and, against a reference, the KL there."""
         with self.accelerator.autocast():
             return score_views(
                 model,
@@ -275,6 +229,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
                 temperature=self.args.score_temperature,
                 views_per_pass=self.args.views_per_pass,
                 entropy_grad=self._entropy_bonus_enabled,
+                as_reference=as_reference,
             )
 
     def _slice(self, batch: dict, iteration: int) -> dict:
@@ -295,32 +250,37 @@ class DiffuGRPOTrainer(GRPOTrainer):
     @property
     def _skips_idle_rows(self) -> bool:
         """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
-        drives = (self.beta != 0.0, self._entropy_bonus_enabled, self.top_entropy_quantile < 1.0, self.args.objective)
+        drives = (
+            self.args.beta != 0.0,
+            self._entropy_bonus_enabled,
+            self.top_entropy_quantile < 1.0,
+            self.args.objective,
+        )
         return not any(drives)
-
-    def _save_checkpoint(self, model, trial):
-        # Written first: trainer_state.json, nearly the last file of the parent's, then marks a whole checkpoint.
-        checkpoints.save_state(self, Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            checkpoints.load_state(self, Path(checkpoint))
 
     def _compute_loss(self, model, inputs):
         if self.args.objective is not None:
             return self._objective_loss(model, inputs)
         self._loss_inputs = inputs
+        # TRL's own KL term is the estimate from sampled tokens.
+        self.beta = self.args.beta if self.args.kl == "k3" else 0.0
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
         finally:
-            self._loss_inputs = None
+            self._loss_inputs, self.beta = None, self.args.beta
+        if self.args.kl == "exact":
+            accumulated = self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
+            loss = loss + self.beta * self._divergence / accumulated
+            self._metrics[self._mode]["kl"].append(self.accelerator.gather(self._divergence.detach()).mean().item())
+        if self._metrics[self._mode]["entropy"][-1] == 0.0:
+            # Every row was skipped, on all processes: not an entropy of 0, but none.
+            self._metrics[self._mode]["entropy"].pop()
+        return loss
 
     def _objective_loss(self, model, inputs: dict) -> Tensor:
         """The loss of `args.objective`, averaged over the accumulated micro-batches; its metrics are logged."""
         views = MaskedViews(inputs["hidden"], inputs["weights"])
-        logps, entropies = self._score(model, inputs, views)
+        logps, entropies, _ = self._score(model, inputs, views)
         batch = ObjectiveInputs(
             logps_per_view=logps,
             weights=views.weights,
@@ -348,15 +308,21 @@ class DiffuGRPOTrainer(GRPOTrainer):
             return None, None, None
         inputs = self._loss_inputs
         views = MaskedViews(inputs["hidden"], inputs["weights"])
-        per_view, entropies_per_view = self._score(model, inputs, views)
+        as_reference = self._as_reference if self.args.kl == "exact" else None
+        per_view, entropies_per_view, divergences = self._score(model, inputs, views, as_reference)
+        if divergences is not None:
+            mask = inputs["completion_mask"]
+            self._divergence = ((views.weights * divergences).sum(1) * mask).sum() / mask.sum().clamp(min=1)
         logps, entropies = (views.weights * per_view).sum(1), mean_entropy(entropies_per_view, views)
         scored = (inputs["weights"] != 0).any(1)
         if self._watches_kl:
             divergence = (kl_k3(logps.detach(), inputs["ref_per_token_logps"]) * scored).sum()
             total, count = self.accelerator.reduce(torch.stack([divergence, scored.sum()]), "sum").tolist()
             self._metrics[self._mode]["kl"].append(total / max(count, 1))
-        if self._skips_idle_rows and scored.any():
+        if self._skips_idle_rows:
             # The entropy metric is an average over all rows: rows that were skipped take the average of the others.
-            rows = inputs["advantages"] == 0
-            entropies = torch.where(rows[:, None], entropies[scored].mean(), entropies)
+            sums = torch.stack([entropies[scored].sum(), scored.sum()])
+            total, count = self.accelerator.reduce(sums, "sum")
+            idle = inputs["advantages"] == 0
+            entropies = torch.where(idle[:, None], total / count.clamp(min=1), entropies)
         return logps, entropies, None

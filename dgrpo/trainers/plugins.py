@@ -22,9 +22,9 @@ def load_function(setting: str, name: str) -> Callable:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{setting}: cannot import {module_name!r} of {name!r}: {error}.") from error
-    if not hasattr(module, attribute):
+    if not callable(function := getattr(module, attribute, None)):
         raise ValueError(f"{setting}: module {module_name!r} has no function {attribute!r}.")
-    return getattr(module, attribute)
+    return function
 
 
 def resolve_reward(name: str) -> Callable:
@@ -60,6 +60,24 @@ def configured_estimator(args) -> Callable[..., MaskedViews]:
     estimator = resolve_estimator(args.estimator)
     shared = {name: getattr(args, name) for name in ("p_mask_prompt", "prompt_mask_scope", "block_length")}
     return partial(estimator, **_accepted(estimator, shared) | (args.estimator_kwargs or {}))
+
+
+def check_settings(args) -> None:
+    """ValueError where estimator_kwargs or objective_kwargs name what the function does not take."""
+    functions = {"estimator_kwargs": resolve_estimator(args.estimator)}
+    if args.objective is not None:
+        functions["objective_kwargs"] = OBJECTIVES[args.objective]
+    elif args.objective_kwargs:
+        raise ValueError(f"objective_kwargs={args.objective_kwargs!r} without an objective; set objective.")
+    for name, function in functions.items():
+        parameters = inspect.signature(function).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if not takes_all and (unknown := sorted(set(getattr(args, name) or {}) - set(known))):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r}: {function.__name__} has no {', '.join(unknown)}; its settings are "
+                f"{', '.join(known) or 'none'}."
+            )
 
 
 def _accepted(function: Callable, settings: dict) -> dict:
