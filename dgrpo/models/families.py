@@ -13,8 +13,8 @@ from dgrpo.models.dream import DreamConfig, DreamModel
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 
-# Templates for copies whose tokenizer files lack one: LLaDA-8B-Instruct's, Qwen's, and LLaDA-MoE's.
-_LLADA_TEMPLATE = (
+# Templates for copies whose tokenizer files lack one: that of LLaDA-8B-Instruct and Llama 3, Qwen's, LLaDA-MoE's.
+_HEADER_TEMPLATE = (
     "{{ bos_token if bos_token else '' }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
     "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
         end_tokens=("<|eot_id|>",),
         mask_token="<|mdm_mask|>",
         mask_token_id=126336,
-        chat_template=_LLADA_TEMPLATE,
+        chat_template=_HEADER_TEMPLATE,
     ),
     "Dream": Family(
         name="Dream",
@@ -118,6 +118,7 @@ FAMILIES: dict[str, Family] = {
         model_class=converted.A2DLlamaLMHeadModel,
         lora_targets=_SEVEN_LINEARS,
         end_tokens=("<|eot_id|>", "<|end_of_text|>"),
+        chat_template=_HEADER_TEMPLATE,
         converts="llama",
     ),
 }

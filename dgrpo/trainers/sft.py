@@ -123,9 +123,9 @@ class MaskedSFTTrainer(Trainer):
         attention_mask = None if inputs["attention_mask"].all() else inputs["attention_mask"]
         canvases = input_ids.masked_fill(hidden, self.processing_class.mask_token_id)
         asked, answer = scoring_pass(canvases, attention_mask, input_ids, hidden)
-        ((logps, _),) = model(passes=[asked])
+        (scores,) = model(passes=[asked])
         weights = 1 / (ratio.to(input_ids.device) * is_completion.sum(1, keepdim=True))
-        loss = -(logps * weights.expand_as(hidden).flatten()[answer]).sum() / len(input_ids)
+        loss = -(scores.logps * weights.expand_as(hidden).flatten()[answer]).sum() / len(input_ids)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
