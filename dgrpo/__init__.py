@@ -4,7 +4,14 @@ from dgrpo import estimators
 from dgrpo.logprobs import per_token_logps
 from dgrpo.models import load_model
 from dgrpo.sampling import Rollout, SamplerConfig, generate
-from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer, MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.trainers import (
+    DiffuGRPOConfig,
+    DiffuGRPOTrainer,
+    MaskedSFTConfig,
+    MaskedSFTTrainer,
+    VRPOConfig,
+    VRPOTrainer,
+)
 from dgrpo.views import MaskedViews
 
 __version__ = "0.1.0"
@@ -17,6 +24,8 @@ __all__ = [
     "MaskedViews",
     "Rollout",
     "SamplerConfig",
+    "VRPOConfig",
+    "VRPOTrainer",
     "estimators",
     "generate",
     "load_model",

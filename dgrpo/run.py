@@ -115,7 +115,8 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     if model_config.model_name_or_path in (None, EMBEDDED):
         model_config.model_name_or_path = str(CHECKPOINTS / task.name)
     name = model_config.model_name_or_path
-    family = family_of(name, model_config.model_revision)
+    convert = getattr(recipe, "convert", None)
+    family = family_of(name, model_config.model_revision, convert=convert)
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,
@@ -125,6 +126,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         load_in_8bit=model_config.load_in_8bit,
         adapter=recipe.adapter_name_or_path,
         revision=model_config.model_revision,
+        convert=convert,
     )
     peft_config: LoraConfig | None = get_peft_config(model_config)
     if recipe.adapter_name_or_path is not None:

@@ -1,8 +1,11 @@
 """Masked supervised fine-tuning (LLaDA's objective) on rows of `prompt` and `completion`.
 
-    accelerate launch recipes/sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset rows.jsonl --use_peft
+    accelerate launch recipes/sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset simplescaling/s1K
+    accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --convert bidirectional --use_peft false \\
+        --dataset rows.jsonl                              # a causal model becomes a mask predictor
 
-Rows are strings or lists of messages. Without arguments it fine-tunes the embedded default on generated problems.
+Rows are strings or lists of messages; rows of s1K's form (question, thinking_trajectories, attempt) become reasoning
+and answer. Without arguments it fine-tunes the embedded default on generated problems.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
+from dgrpo.trainers.sft import from_s1k
 
 
 @dataclass
@@ -27,6 +31,14 @@ class SFTRecipeConfig:
     )
     num_examples: int = field(default=2048, metadata={"help": "Generated examples when the dataset is 'embedded'."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
+    convert: str | None = field(
+        default=None,
+        metadata={"help": "'bidirectional': read a causal Qwen2, Qwen3 or Llama checkpoint in both directions."},
+    )
+
+    def __post_init__(self):
+        if self.convert and self.adapter_name_or_path:
+            raise ValueError("convert: an adapter of the causal model does not fit; give one of the two.")
 
 
 def main() -> None:
@@ -35,6 +47,10 @@ def main() -> None:
         rows = problems.sft_examples(recipe.num_examples, args.seed)
     else:
         rows = read_rows(recipe.dataset, "train")
+        if "thinking_trajectories" in rows[0]:
+            rows = [from_s1k(row) for row in rows]
+    if recipe.convert and model_config.use_peft:
+        raise ValueError("convert: the mask token's embedding must be trained and saved; set --use_peft false.")
     model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
     if peft_config is not None:
         model = get_peft_model(model, peft_config)

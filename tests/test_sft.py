@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
-from dgrpo.trainers.sft import encode
+from dgrpo.trainers.sft import encode, from_s1k
 from dgrpo.views import stream
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
@@ -46,6 +46,15 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{% if add_generation_prompt %}a{% else %}b c{% endif %}"
     with pytest.raises(ValueError, match="chat_template"):
         encode({"prompt": [{"role": "user", "content": "d"}], "completion": []}, tokenizer)
+
+
+def test_rows_of_s1k_become_reasoning_and_answer():
+    row = {"question": "1 + 1?", "thinking_trajectories": ["One and one."], "attempt": "2", "solution": "unused"}
+    example = from_s1k(row)
+    assert example["prompt"] == [{"role": "user", "content": "1 + 1?"}]
+    (message,) = example["completion"]
+    assert message["role"] == "assistant"
+    assert message["content"] == "<reasoning>\nOne and one.\n</reasoning>\n<answer>\n2\n</answer>"
 
 
 def test_loss_is_llada_objective_with_the_drawn_masks(trainer, model, tokenizer):

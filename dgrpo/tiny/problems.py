@@ -200,3 +200,16 @@ def sft_examples(
         else:
             examples.append(sft_example(prompt, str(max(0, answer + rng.randint(-careless_error, careless_error)))))
     return examples
+
+
+def preferences(num_examples: int, seed: int) -> list[dict[str, Messages]]:
+    """Pairs on training problems: worked and right is chosen, a careless guess without reasoning is rejected."""
+    rng = random.Random(f"preferences {seed}")
+    pairs = []
+    for _ in range(num_examples):
+        problem = _draw(rng)
+        prompt, answer = user_message(problem["question"]), int(problem["answer"].rpartition("#### ")[2])
+        worked = sft_example(prompt, str(answer), problem["reasoning"])
+        guessed = sft_example(prompt, str(max(0, answer + rng.randint(-3, 3))))
+        pairs.append({"prompt": prompt, "chosen": worked["completion"], "rejected": guessed["completion"]})
+    return pairs

@@ -36,6 +36,19 @@ class MaskedSFTConfig(TrainingArguments):
     )
 
 
+def from_s1k(row: dict) -> dict:
+    """prompt and completion of a row of s1K as d1 fine-tunes on it: the trajectory is the reasoning, then the attempt.
+
+    Raises KeyError for rows without `question`, `thinking_trajectories` and `attempt`.
+    """
+    thinking = "\n".join(row["thinking_trajectories"])
+    text = f"<reasoning>\n{thinking}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
+    return {
+        "prompt": [{"role": "user", "content": row["question"]}],
+        "completion": [{"role": "assistant", "content": text}],
+    }
+
+
 def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int = 0) -> dict[str, list[int]]:
     """Token ids of one row's `prompt` and `completion` (strings, or lists of messages), the completion with its EOS.
 
@@ -58,6 +71,18 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int
         completion_ids = [*completion_ids, tokenizer.eos_token_id]
     fill = [tokenizer.eos_token_id] * (completion_canvas - len(completion_ids))
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids + fill}
+
+
+def fitting(encoded, max_length: int, prefixes: tuple[str, ...] = ("",)):
+    """The rows whose prompt and completion together have at most `max_length` tokens, under each of the `prefixes`."""
+
+    def fits(row: dict) -> bool:
+        return all(len(row[f"{p}prompt_ids"]) + len(row[f"{p}completion_ids"]) <= max_length for p in prefixes)
+
+    kept = encoded.filter(fits)
+    if left_out := len(encoded) - len(kept):
+        logger.warning(f"max_length={max_length}: {left_out} of {len(encoded)} rows are longer and left out.")
+    return kept
 
 
 class MaskedSFTTrainer(Trainer):
@@ -88,10 +113,7 @@ class MaskedSFTTrainer(Trainer):
     def _encode(dataset, tokenizer, args: MaskedSFTConfig):
         settings = {"tokenizer": tokenizer, "completion_canvas": args.completion_canvas}
         encoded = dataset.map(encode, fn_kwargs=settings, remove_columns=dataset.column_names)
-        fitting = encoded.filter(lambda row: len(row["prompt_ids"]) + len(row["completion_ids"]) <= args.max_length)
-        if left_out := len(encoded) - len(fitting):
-            logger.warning(f"max_length={args.max_length}: {left_out} of {len(encoded)} rows are longer and left out.")
-        return fitting
+        return fitting(encoded, args.max_length)
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """Right-padded batch: input_ids, attention_mask (True on tokens), is_completion, all [B, L]."""
