@@ -1,19 +1,42 @@
 """Accuracy of a model on held-out problems, graded by the reward that it is trained with."""
 
-import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import timedelta
+from math import ceil
+from time import perf_counter
+from typing import Any, Protocol
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from dgrpo.grading import wilson_interval
-from dgrpo.sampling import SamplerConfig, generate
+from dgrpo.sampling import Rollout, SamplerConfig, end_token_ids, generate
 from dgrpo.sampling.draw import row_keys
 from rewards.format import format_reward
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote on the row of this number, and its grade."""
+
+    row: int
+    text: str
+    mark: float | None  # by the task's grader; 1 is right
+    reasons: bool  # whether the text shows its reasoning in the asked format
+    length: int  # tokens up to and including the end
+    ended: bool  # False where the canvas was too short for an end
+    seconds: float  # its share of the time that its batch took
+
+
+class Answers(Protocol):
+    """Where finished answers are kept, such as `dgrpo.evaluation_rows.FinishedRows`."""
+
+    answers: dict[int, Answer]
+
+    def add(self, answers: list[Answer]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +49,18 @@ class Evaluation:
     lengths: list[int]  # tokens up to and including the end
     seconds: float
     num_tokens: int
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer], num_processes: int = 1) -> "Evaluation":
+        """The answers as a whole; they took the mean of what each process spent on them."""
+        return cls(
+            completions=[answer.text for answer in answers],
+            correct=[answer.mark == 1.0 for answer in answers],
+            reasons=[answer.reasons for answer in answers],
+            lengths=[answer.length for answer in answers],
+            seconds=sum(answer.seconds for answer in answers) / num_processes,
+            num_tokens=sum(answer.length for answer in answers),
+        )
 
     @property
     def n(self) -> int:
@@ -46,6 +81,15 @@ class Evaluation:
         graded = [right for right, reasons in zip(self.correct, self.reasons, strict=True) if reasons]
         return sum(graded) / len(graded) if graded else None
 
+    @property
+    def mean_length(self) -> float:
+        """Mean effective length: tokens up to and including the end."""
+        return sum(self.lengths) / self.n
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
     def summary(self) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy,
@@ -53,9 +97,17 @@ class Evaluation:
             "interval": list(self.interval),
             "reasons": sum(self.reasons) / self.n,
             "accuracy_where_it_reasons": self.accuracy_where_it_reasons,
-            "mean_length": sum(self.lengths) / self.n,
-            "tokens_per_second": self.num_tokens / self.seconds,
+            "mean_length": self.mean_length,
+            "tokens_per_second": self.tokens_per_second,
         }
+
+
+def processes(device: str | None = None) -> PartialState:
+    """The processes that share an evaluation, each with its device: the machine's accelerator, or "cpu"."""
+    # accelerate starts processes on a CPU but sees one alone in each unless it is told of the CPU here. One that is
+    # done waits for the others, however long.
+    cpu = device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
 
 
 def encode_prompts(tokenizer, prompts: Sequence, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -71,7 +123,7 @@ def encode_prompts(tokenizer, prompts: Sequence, device: torch.device) -> tuple[
     return batch["input_ids"], batch["attention_mask"].bool()
 
 
-def evaluate(
+def answer_rows(
     model: Any,
     tokenizer,
     rows: Sequence[dict[str, Any]],
@@ -84,45 +136,75 @@ def evaluate(
     num_processes: int = 1,
     any_rank: Callable[[bool], bool] = bool,
     on_batch: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Samples one completion for each row and grades it; right is a grade of exactly 1.
+    finished: Answers | None = None,
+) -> list[Answer]:
+    """One graded completion for each row, in the rows' order.
 
-    A row's noise is a function of (seed, its number). The processes share the rows and all return the whole.
-    `on_batch` is told how many rows each batch finished.
+    A row's noise is a function of (seed, its number), and rows share a batch with the same others whatever the number
+    of processes, as long as each has a full batch to do. The processes take turns at the batches and all return the
+    whole. What is in `finished` is not answered again, and what is answered is added to it. `on_batch` is told how
+    many rows each turn of the processes finished.
     """
-    started = time.perf_counter()
-    device = model.get_input_embeddings().weight.device
-    share = math.ceil(len(rows) / num_processes)
-    # The last process may have fewer rows than the others: it repeats some, since all make the same passes.
-    mine = [rows[i % len(rows)] for i in range(process_index * share, (process_index + 1) * share)]
-    found: list[tuple[str, bool, bool, int]] = []
-    for first in range(0, share, batch_size):
-        part = mine[first : first + batch_size]
-        prompt_ids, prompt_mask = encode_prompts(tokenizer, [row["prompt"] for row in part], device)
-        numbers = torch.arange(first, first + len(part)) + process_index * share
-        keys = row_keys(numbers, "evaluation", seed)
+    answers = dict(finished.answers) if finished is not None else {}
+    batch_size = min(batch_size, ceil(len(rows) / num_processes))
+    batches = [range(first, min(first + batch_size, len(rows))) for first in range(0, len(rows), batch_size)]
+    left = [batch for batch in batches if any(number not in answers for number in batch)]
+    mine: list[Answer] = []
+    for first in range(0, len(left), num_processes):
+        turn = left[first : first + num_processes]
+        started = perf_counter()
+        # All processes make the same passes: one that has no batch any more repeats another's.
+        numbers = turn[min(process_index, len(turn) - 1)]
+        part = [rows[number] for number in numbers]
+        prompt_ids, prompt_mask = encode_prompts(
+            tokenizer, [row["prompt"] for row in part], model.get_input_embeddings().weight.device
+        )
+        keys = row_keys(torch.tensor(numbers), "evaluation", seed)
         rollout = generate(model, prompt_ids, prompt_mask, config, row_keys=keys, any_rank=any_rank)
-        texts = [
-            tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
-        ]
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        prompts = [row["prompt"] for row in part]
-        columns = {name: [row[name] for row in part] for name in part[0] if name != "prompt"}
-        grades = grade(prompts=prompts, completions=completions, **columns)
-        shows = format_reward(prompts=prompts, completions=completions)
-        lengths = rollout.completion_mask.sum(1).tolist()
-        found += [
-            (text, mark == 1.0, reason == 1.0, length)
-            for text, mark, reason, length in zip(texts, grades, shows, lengths, strict=True)
-        ]
+        if process_index < len(turn):
+            texts, ended = read_completions(rollout, tokenizer, end_token_ids(model))
+            prompts = [row["prompt"] for row in part]
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+            columns = {name: [row[name] for row in part] for name in part[0] if name != "prompt"}
+            marks = grade(prompts=prompts, completions=completions, **columns)
+            reasons = [mark == 1.0 for mark in format_reward(prompts=prompts, completions=completions)]
+            lengths = rollout.completion_mask.sum(1).tolist()
+            seconds = (perf_counter() - started) / len(part)
+            new = [
+                Answer(number, text, mark, shows, length, end, seconds)
+                for number, text, mark, shows, length, end in zip(
+                    numbers, texts, marks, reasons, lengths, ended, strict=True
+                )
+            ]
+            mine += new
+            if finished is not None:
+                finished.add(new)
         if on_batch is not None:
-            on_batch(len(part))
-    if num_processes > 1:
-        found = gather_object(found)
-    found = found[: len(rows)]
-    texts, correct, reasons, lengths = (list(column) for column in zip(*found, strict=True))
-    return Evaluation(texts, correct, reasons, lengths, time.perf_counter() - started, sum(lengths))
+            on_batch(sum(map(len, turn)))
+    answers |= {answer.row: answer for answer in (gather_object(mine) if num_processes > 1 else mine)}
+    return [answers[number] for number in range(len(rows))]
+
+
+def read_completions(rollout: Rollout, tokenizer, end_ids: Tensor) -> tuple[list[str], list[bool]]:
+    """The texts of a rollout without special tokens, and whether each came to its end on the canvas."""
+    ids, mask = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()
+    texts = [tokenizer.decode(row[inside], skip_special_tokens=True) for row, inside in zip(ids, mask, strict=True)]
+    return texts, (torch.isin(ids, end_ids) & mask).any(1).tolist()
+
+
+def evaluate(
+    model: Any,
+    tokenizer,
+    rows: Sequence[dict[str, Any]],
+    grade: Callable[..., list[float | None]],
+    config: SamplerConfig,
+    *,
+    num_processes: int = 1,
+    **settings: Any,
+) -> Evaluation:
+    """Accuracy and the rest of `answer_rows`, which takes the same arguments; right is a grade of exactly 1."""
+    answers = answer_rows(model, tokenizer, rows, grade, config, num_processes=num_processes, **settings)
+    return Evaluation.of(answers, num_processes)
 
 
 def greedy(config: SamplerConfig) -> SamplerConfig:

@@ -1,106 +1,142 @@
-"""Accuracy of a checkpoint or adapter on a task, at several generation lengths; or of stored generations.
+"""Accuracy of checkpoints or adapters on a task, at several generation lengths; or of stored generations.
 
     python recipes/evaluate.py --task gsm8k --model GSAI-ML/LLaDA-8B-Instruct --lengths 128 256 512
-    python recipes/evaluate.py --task gsm8k --adapter runs/gsm8k
-    python recipes/evaluate.py --generations generations/gsm8k_*.json --protocol d1
+    accelerate launch recipes/evaluate.py --task gsm8k --adapter none runs/gsm8k     # before and after, side by side
+    python recipes/evaluate.py --generations generations/*.json --protocol d1 strict --disagreements
 
-Greedy, with length / 2 denoising steps in blocks of 32, as in the papers. Generations are written in d1's JSON format.
+As in the papers: greedy, in blocks of 32, with half as many denoising steps as tokens. The folder then holds the texts
+in d1's JSON format, results.json and accuracy.png. A run that was cut off goes on with --resume.
 """
 
 import argparse
-import json
+from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from dgrpo.evaluate import evaluate
-from dgrpo.grading import grade_setups
-from dgrpo.models import load_model
+from dgrpo.evaluate import processes
+from dgrpo.evaluation_checkpoints import checkpoints, evaluate_checkpoint
+from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
+from dgrpo.evaluation_report import show_results, stored_result, write_results
+from dgrpo.grading import grade_setups, infer_task
+from dgrpo.grading_d1 import D1
 from dgrpo.run import CHECKPOINTS
 from dgrpo.sampling import SamplerConfig
-from dgrpo.tasks import TASKS, load_rows
+from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
+
+# Only the recipe on programs is not called what its task is.
+RECIPES = {"code": "kodcode"}
+PROTOCOLS = ("strict", "d1")
 
 
-def show(rows: list[tuple]) -> None:
-    table = Table("set", "protocol", "n", "accuracy", "95 % interval", "mean length", "tokens/s")
-    for name, protocol, n, accuracy, (low, high), length, speed in rows:
-        table.add_row(name, protocol, str(n), f"{accuracy:.2%}", f"{low:.2%} - {high:.2%}", length, speed)
-    Console().print(table)
+def known(arguments: argparse.Namespace, protocol: str) -> list[str]:
+    """The stored generations that a protocol grades; where it was asked for, all of them."""
+    if protocol == "strict" or arguments.protocol:
+        return arguments.generations
+    return [path for path in arguments.generations if infer_task(path) in D1]
 
 
-def grade_stored(paths: list[str], protocols: list[str]) -> None:
-    rows = []
-    for protocol in protocols:
-        for name, report in grade_setups(paths, protocol).items():
-            rows.append((name, protocol, report.n, report.accuracy, report.interval, "", ""))
-    show(rows)
+def grade_stored(arguments: argparse.Namespace) -> None:
+    results = [
+        stored_result(name, report)
+        for protocol in arguments.protocol or PROTOCOLS
+        for name, report in grade_setups(known(arguments, protocol), protocol).items()
+    ]
+    show_results(results)
+    console = Console()
+    if arguments.disagreements:
+        for line in disagreement_lines(disagreements(known(arguments, "d1"))):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def grade_model(arguments: argparse.Namespace) -> None:
+def samplers(arguments: argparse.Namespace, task: Task, embedded: bool) -> list[SamplerConfig]:
+    """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it."""
+    recipe = {}
+    if embedded:
+        file = Path(__file__).with_name(f"{RECIPES.get(task.name, task.name)}.yaml")
+        recipe = yaml.safe_load(file.read_text())
+    configs = []
+    for length in arguments.lengths or ([recipe["max_completion_length"]] if embedded else [128, 256, 512]):
+        block = arguments.block_length or min(recipe.get("block_length", 32), length)
+        own = recipe["diffusion_steps"] if length == recipe.get("max_completion_length") else None
+        steps = arguments.diffusion_steps or own or length // 2
+        configs.append(SamplerConfig(length, block, steps, arguments.temperature))
+    return configs
+
+
+def grade_models(arguments: argparse.Namespace) -> None:
+    state = processes(arguments.device)
+    if arguments.device not in (None, state.device.type):
+        raise ValueError(f"device={arguments.device!r}: there is none here, or accelerate is set to another.")
     task = TASKS[arguments.task]
-    embedded = arguments.model is None
-    model, tokenizer = load_model(
-        str(CHECKPOINTS / task.name) if embedded else arguments.model, arguments.dtype, adapter=arguments.adapter
-    )
-    model.to(arguments.device)
+    embedded_folder = CHECKPOINTS / task.name
+    chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)
+    embedded = all(checkpoint.model == str(embedded_folder) for checkpoint in chosen)
+    configs = samplers(arguments, task, embedded)
+    undivided = task.held_out_split is None and arguments.dataset is None
     _, held_out = load_rows(
         task,
-        arguments.dataset or ("embedded" if embedded else None),
+        arguments.dataset or (EMBEDDED if embedded else None),
         arguments.dataset,
-        num_held_out=arguments.num_problems or (512 if embedded else 10**6),
+        num_held_out=arguments.num_problems or (512 if embedded or undivided else 10**6),
         instruction="" if embedded else None,
     )
-    rows = []
-    for length in arguments.lengths or ([16] if embedded else [256]):
-        block = min(arguments.block_length, length)
-        steps = length if embedded else length // 2
-        config = SamplerConfig(length, block, steps)
-        with Progress(transient=True) as progress:
-            bar = progress.add_task(f"{task.name} at {length} tokens", total=len(held_out))
-            found = evaluate(
-                model,
-                tokenizer,
+    folder, results = Path(arguments.output_dir), []
+    with Progress(transient=True, disable=not state.is_main_process) as progress:
+        for checkpoint in chosen:
+
+            def on_start(name: str, total: int, done: int, label: str = checkpoint.label) -> Callable[[int], None]:
+                bar = progress.add_task(f"{label}: {name}", total=total, completed=done)
+                return lambda num_rows: progress.advance(bar, num_rows)
+
+            results += evaluate_checkpoint(
+                checkpoint,
+                task,
                 list(held_out),
-                task.grade,
-                config,
+                configs,
+                folder if len(chosen) == 1 else folder / checkpoint.label,
+                state,
+                dtype=arguments.dtype or ("float32" if state.device.type == "cpu" else "bfloat16"),
                 batch_size=arguments.batch_size,
-                on_batch=lambda n, bar=bar, progress=progress: progress.advance(bar, n),
+                seed=arguments.seed,
+                resume=arguments.resume,
+                on_start=on_start,
             )
-        stored = [
-            {"question": row["question"], "generations": text, "ground_truth": row.get("answer")}
-            for row, text in zip(held_out, found.completions, strict=True)
-        ]
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{task.name}_{length}_{steps}"
-        (folder / f"{name}_0_generations.json").write_text(json.dumps({"generations": stored}, indent=1))
-        mean_length, speed = sum(found.lengths) / found.n, found.num_tokens / found.seconds
-        rows.append((name, "strict", found.n, found.accuracy, found.interval, f"{mean_length:.1f}", f"{speed:.0f}"))
-    show(rows)
+    results = [result for result in results if result.protocol in (arguments.protocol or PROTOCOLS)]
+    if state.is_main_process:
+        write_results(folder, results)
+        show_results(results)
+        Console().print(f"Everything is in {folder}", highlight=False)
+    state.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", help="Stored generations to grade, without a model.")
-    parser.add_argument("--protocol", nargs="+", choices=["strict", "d1"], default=["strict"])
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="Default: both, where d1 has the task.")
+    parser.add_argument("--disagreements", action="store_true", help="Where the protocols differ on them, and why.")
     parser.add_argument("--task", choices=TASKS)
-    parser.add_argument("--model", help="Hub name or folder; default: the task's embedded checkpoint.")
-    parser.add_argument("--adapter", help="A trained adapter to put on top.")
+    parser.add_argument("--model", nargs="+", help="Hub names or folders; default: the task's embedded checkpoint.")
+    parser.add_argument("--adapter", nargs="+", help="Trained adapters to put on top; 'none' is the model as it is.")
     parser.add_argument("--dataset", help="Local file of the task's rows to evaluate on; default: the held-out split.")
-    parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--block_length", type=int, default=32)
-    parser.add_argument("--num_problems", type=int, help="Default: all; of generated problems 512.")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num_problems", type=int, help="Default: all; of generated or undivided ones 512.")
+    parser.add_argument("--lengths", nargs="+", type=int, help="Tokens; default: 128 256 512.")
+    parser.add_argument("--block_length", type=int, help="Default: 32.")
+    parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="Of the noise at a temperature above 0.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Rows that a process samples at a time.")
+    parser.add_argument("--dtype", help="Default: bfloat16, on a CPU float32.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: the accelerator, if there is one.")
     parser.add_argument("--output_dir", default="runs/evaluation")
+    parser.add_argument("--resume", action="store_true", help="Go on from the rows that output_dir holds.")
     arguments = parser.parse_args()
     if arguments.generations:
-        grade_stored(arguments.generations, arguments.protocol)
+        grade_stored(arguments)
     elif arguments.task:
-        grade_model(arguments)
+        grade_models(arguments)
     else:
         parser.error("give --task, or --generations to grade stored ones")
 

@@ -1,5 +1,7 @@
-"""Code in README and CONTRIBUTING runs as it stands, and the commands name files that exist."""
+"""Code in README, CONTRIBUTING and docs runs as it stands, and the commands name files that exist."""
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -38,6 +40,28 @@ def test_commands_name_files_that_exist():
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     for path in set(re.findall(r"\b(?:recipes|dgrpo|docs|benchmarks|tests)/[\w/.]+\.(?:py|yaml|md)", text)):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_code_of_a_page_runs(page):
+    namespace: dict = {}
+    for block in blocks(f"docs/{page}"):
+        exec(block, namespace)
+
+
+def test_the_table_of_rewards_is_whole_and_names_their_columns():
+    from dgrpo.trainers.rewards import required_columns
+
+    written = re.findall(
+        r"^\| `(rewards\.\w+:\w+)` \| [^|]+ \| ([^|]*)\|", (ROOT / "docs/rewards.md").read_text(), re.M
+    )
+    found = {}
+    for path in (ROOT / "rewards").glob("[!_]*.py"):
+        module = importlib.import_module(f"rewards.{path.stem}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if name.endswith("_reward") and function.__module__ == module.__name__:
+                found[f"rewards.{path.stem}:{name}"] = required_columns(function)
+    assert {name: re.findall(r"`(\w+)`", columns) for name, columns in written} == found
 
 
 @pytest.mark.slow
