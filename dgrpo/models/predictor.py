@@ -88,6 +88,11 @@ def _chunks(num_rows: int, vocab_size: int, target_index: Tensor) -> list[tuple[
     return [(row, slice(bounds[i], bounds[i + 1])) for i, row in enumerate(rows)]
 
 
+def _row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row of a and b [n, V], a few at a time: torch would keep all the products at once."""
+    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(8), b.split(8), strict=True)])
+
+
 class _FrozenHeadScores(torch.autograd.Function):
     """Scores under a head that is not trained, without keeping or recomputing [rows, V] for the backward pass.
 
@@ -120,7 +125,7 @@ class _FrozenHeadScores(torch.autograd.Function):
             total, log_total = 1 + others, others.log1p()
             logps[scored] = target_logits - log_total[index, 0]
             probs /= total
-            entropy[rows] = log_total[:, 0] - torch.linalg.vecdot(probs, logits)
+            entropy[rows] = log_total[:, 0] - _row_products(probs, logits)
             if needs_grad:
                 # E_p[W] - W[top], and W[t] - W[top] beside it: where the model is sure, W[t] - E_p[W] is far smaller
                 # than its terms and would drown in their bfloat16 rounding.
@@ -132,7 +137,7 @@ class _FrozenHeadScores(torch.autograd.Function):
                 gap = _log_softmax(float_logits(reference[rows], weight), temperature)
                 gap = logits - log_total - gap
                 share = probs.scatter_(1, top, 1 / total)
-                divergence[rows] = torch.linalg.vecdot(share, gap)
+                divergence[rows] = _row_products(share, gap)
                 if divergence_row is not None:
                     gap -= divergence[rows, None]
                     with torch.autocast(hidden.device.type, enabled=False):
@@ -179,7 +184,7 @@ def _plain_scores(hidden: Tensor, weight: Tensor, target_index: Tensor, targets:
     others = probs.sum(-1, keepdim=True)
     log_total = others.log1p()
     logps = logits[target_index, targets] - log_total[target_index, 0]
-    return logps, log_total[:, 0] - torch.linalg.vecdot(probs / (1 + others), logits)
+    return logps, log_total[:, 0] - _row_products(probs / (1 + others), logits)
 
 
 class ScoringHead(nn.Linear):

@@ -120,11 +120,12 @@ def inverse_cdf(mass: Tensor, noise: Tensor) -> Tensor:
     stretches = _in_stretches(mass, 0.0)
     sums = stretches.sum(-1).double().cumsum(-1)
     threshold = _below(noise.double()[:, None] * sums[:, -1:], sums[:, -1:])
-    stretch = torch.searchsorted(sums, threshold, right=True)
+    # Logits that are not numbers find no entry: any will do, the guards of training stop such a run.
+    stretch = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
     before = torch.where(stretch > 0, sums.gather(1, (stretch - 1).clamp(min=0)), 0)
     within = stretches[torch.arange(len(mass), device=mass.device), stretch[:, 0]].double().cumsum(-1)
     entry = torch.searchsorted(within, _below(threshold - before, within[:, -1:]), right=True)
-    return (stretch * _STRETCH + entry)[:, 0]
+    return (stretch * _STRETCH + entry)[:, 0].clamp(max=mass.shape[1] - 1)
 
 
 def _below(threshold: Tensor, total: Tensor) -> Tensor:
