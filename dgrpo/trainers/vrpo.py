@@ -68,7 +68,7 @@ class VRPOTrainer(MaskedSFTTrainer):
             raise ValueError(f"train_dataset: VRPO needs the columns {sorted(missing)}; found {dataset.column_names}.")
 
         def both(row: dict) -> dict:
-            sides = {}
+            sides: dict[str, list[int]] = {}
             for side in ("chosen", "rejected"):
                 ids = encode({"prompt": row["prompt"], "completion": row[side]}, tokenizer, args.completion_canvas)
                 sides |= {f"{side}_{name}": value for name, value in ids.items()}
