@@ -15,7 +15,8 @@ from reference import denoise_greedily, llada_logits, shares, until_eos
 
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.cache import WindowCache
-from dgrpo.sampling.draw import draw, first_argmax, inverse_cdf, uniform
+from dgrpo.sampling.draw import draw, uniform
+from dgrpo.wide import first_argmax, inverse_cdf
 
 BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
 ALL_RULES = {"threshold": {"threshold": 0.4}, "factor": {"factor": 1.2}, "entropy_bound": {"entropy_bound": 1.5}}

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dgrpo.wide import first_argmax, row_products
+
 # Two float32 [rows, V] buffers of at most this size live at once while scoring; larger jobs go through in chunks.
 MAX_LOGITS_BYTES = 48 * 2**20
 
@@ -88,11 +90,6 @@ def _chunks(num_rows: int, vocab_size: int, target_index: Tensor) -> list[tuple[
     return [(row, slice(bounds[i], bounds[i + 1])) for i, row in enumerate(rows)]
 
 
-def _row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each row of a and b [n, V], a few at a time: torch would keep all the products at once."""
-    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(8), b.split(8), strict=True)])
-
-
 class _FrozenHeadScores(torch.autograd.Function):
     """Scores under a head that is not trained, without keeping or recomputing [rows, V] for the backward pass.
 
@@ -115,8 +112,8 @@ class _FrozenHeadScores(torch.autograd.Function):
             logits = float_logits(hidden[rows], weight)
             if temperature != 1:
                 logits /= temperature
-            best, top = logits.max(-1, keepdim=True)
-            logits -= best
+            top = first_argmax(logits)[:, None]
+            logits -= logits.gather(-1, top)
             index = target_index[scored] - rows.start
             target_logits = logits[index, targets[scored]]
             # The likeliest token apart: how little the others have is lost in 1 - p.
@@ -125,7 +122,7 @@ class _FrozenHeadScores(torch.autograd.Function):
             total, log_total = 1 + others, others.log1p()
             logps[scored] = target_logits - log_total[index, 0]
             probs /= total
-            entropy[rows] = log_total[:, 0] - _row_products(probs, logits)
+            entropy[rows] = log_total[:, 0] - row_products(probs, logits)
             if needs_grad:
                 # E_p[W] - W[top], and W[t] - W[top] beside it: where the model is sure, W[t] - E_p[W] is far smaller
                 # than its terms and would drown in their bfloat16 rounding.
@@ -137,7 +134,7 @@ class _FrozenHeadScores(torch.autograd.Function):
                 gap = _log_softmax(float_logits(reference[rows], weight), temperature)
                 gap = logits - log_total - gap
                 share = probs.scatter_(1, top, 1 / total)
-                divergence[rows] = _row_products(share, gap)
+                divergence[rows] = row_products(share, gap)
                 if divergence_row is not None:
                     gap -= divergence[rows, None]
                     with torch.autocast(hidden.device.type, enabled=False):
@@ -178,13 +175,13 @@ def _plain_scores(hidden: Tensor, weight: Tensor, target_index: Tensor, targets:
     logits = float_logits(hidden, weight)
     if temperature != 1:
         logits = logits / temperature
-    best, top = logits.max(-1, keepdim=True)
-    logits = logits - best
+    top = first_argmax(logits)[:, None]
+    logits = logits - logits.gather(-1, top)
     probs = logits.exp().scatter(1, top, 0)
     others = probs.sum(-1, keepdim=True)
     log_total = others.log1p()
     logps = logits[target_index, targets] - log_total[target_index, 0]
-    return logps, log_total[:, 0] - _row_products(probs / (1 + others), logits)
+    return logps, log_total[:, 0] - row_products(probs / (1 + others), logits)
 
 
 class ScoringHead(nn.Linear):

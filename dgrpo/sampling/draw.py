@@ -4,14 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.views import stream
+from dgrpo.wide import first_argmax, inverse_cdf, row_products
 
 # Logits are drawn from in chunks of rows; a handful of temporaries of this size lives at once.
 MAX_DRAW_BYTES = 16 * 2**20
-_STRETCH = 256
 # A logit far below any other, yet finite: its product with a probability of 0 is 0.
 NEVER = -1e30
 
@@ -81,7 +80,7 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
     mass.scatter_(-1, tokens, 0)
     log_others = torch.logaddexp(mass.sum(-1, keepdim=True).log(), mask_logit)
     log_total = torch.logaddexp(token_logit, log_others)
-    mean_logit = torch.linalg.vecdot(mass, logits)[:, None] / log_total.exp()
+    mean_logit = row_products(mass, logits)[:, None] / log_total.exp()
     for each in (token_logit, mask_logit):
         mean_logit += (each - log_total).exp() * each
     entropy = log_total - mean_logit
@@ -93,44 +92,6 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
         logits[:, mask_token_id] = mask_logit[:, 0]
         order = (logits.topk(2).values - log_total).exp().diff().neg()
     return Drawn(tokens[:, 0], log_odds.sigmoid()[:, 0], entropy[:, 0], order[:, 0])
-
-
-def _in_stretches(values: Tensor, fill: float) -> Tensor:
-    """Rows [n, V] cut into stretches [n, ceil(V / _STRETCH), _STRETCH], the last one filled up."""
-    extra = -values.shape[1] % _STRETCH
-    return (F.pad(values, (0, extra), value=fill) if extra else values).unflatten(1, (-1, _STRETCH))
-
-
-def first_argmax(values: Tensor) -> Tensor:
-    """The first entry of each row of [n, V] that is the largest, [n]: of the stretches' maxima, then in the stretch.
-
-    torch's own argmax over a large vocabulary takes ten times as long as its maximum.
-    """
-    stretches = _in_stretches(values, -torch.inf)
-    stretch = stretches.amax(-1).argmax(-1)
-    return stretch * _STRETCH + stretches[torch.arange(len(values), device=values.device), stretch].argmax(-1)
-
-
-def inverse_cdf(mass: Tensor, noise: Tensor) -> Tensor:
-    """The entry of each row of `mass` [n, V] at which its running sum passes `noise` [n] times the total, [n].
-
-    One uniform number per draw instead of one per vocabulary entry. Sums of stretches first, then within the stretch
-    that is hit: a running sum is slow and, over a large vocabulary in float32, coarse.
-    """
-    stretches = _in_stretches(mass, 0.0)
-    sums = stretches.sum(-1).double().cumsum(-1)
-    threshold = _below(noise.double()[:, None] * sums[:, -1:], sums[:, -1:])
-    # Logits that are not numbers find no entry: any will do, the guards of training stop such a run.
-    stretch = torch.searchsorted(sums, threshold, right=True).clamp(max=sums.shape[1] - 1)
-    before = torch.where(stretch > 0, sums.gather(1, (stretch - 1).clamp(min=0)), 0)
-    within = stretches[torch.arange(len(mass), device=mass.device), stretch[:, 0]].double().cumsum(-1)
-    entry = torch.searchsorted(within, _below(threshold - before, within[:, -1:]), right=True)
-    return (stretch * _STRETCH + entry)[:, 0].clamp(max=mass.shape[1] - 1)
-
-
-def _below(threshold: Tensor, total: Tensor) -> Tensor:
-    """`threshold`, kept below the total by rounding: the entry found there could have probability zero."""
-    return torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def may_commit(probs: Tensor, entropy: Tensor, config: SamplerConfig) -> Tensor:
