@@ -110,6 +110,25 @@ def test_what_stands_around_the_main_job_runs(tmp_path):
     assert "<html" in (tmp_path / "watch.html").read_text()
 
 
+@pytest.mark.slow
+def test_preferences_train_the_embedded_default(tmp_path):
+    output = launch(
+        [
+            sys.executable,
+            "recipes/vrpo.py",
+            "--output_dir",
+            str(tmp_path),
+            "--max_steps",
+            "2",
+            "--num_eval_problems",
+            "8",
+        ]
+    )
+    assert "before:" in output
+    assert "after:" in output
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_evaluation_draws_the_same_in_batches_of_any_size():
     from dgrpo import SamplerConfig, load_model
     from dgrpo.evaluate import evaluate
