@@ -1,11 +1,21 @@
-"""Looking at rollouts and runs: `python -m dgrpo watch | compare | report`."""
+"""Reinforcement learning for masked diffusion language models, from the command line.
+
+  dgrpo train gsm8k                     trains a tiny embedded model on this machine's CPU, in minutes
+  dgrpo report runs/gsm8k               writes runs/gsm8k/report.html: curves, and completions worth reading
+  dgrpo evaluate --task gsm8k --adapter none runs/gsm8k      accuracy before and after
+  dgrpo watch --adapter runs/gsm8k      plays how an answer is denoised
+
+`dgrpo COMMAND --help` says more. On several GPUs: `accelerate launch --config_file FILE -m dgrpo train ...`.
+"""
 
 import argparse
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
+from dgrpo.cli import RECIPES, TRAINABLE, run_recipe
 from dgrpo.compare import compare
 from dgrpo.evaluate import encode_prompts
 from dgrpo.models import load_model
@@ -15,6 +25,30 @@ from dgrpo.report import write_curves, write_report
 from dgrpo.run import CHECKPOINTS
 from dgrpo.sampling import SamplerConfig, generate
 from dgrpo.tasks import prompt_messages
+
+TRAIN_HELP = """Trains on a task: the file of the same name among the recipes, with the settings of the YAML beside it.
+
+  dgrpo train gsm8k                                         the embedded default: nothing is downloaded
+  dgrpo train gsm8k --dataset rows.jsonl                    on rows of your own
+  dgrpo train gsm8k --reward_funcs my_rewards:mine --reward_weights 1      with a reward of your own (my_rewards.py)
+  dgrpo train gsm8k --preset coupled_grpo                   by another method (docs/methods.md)
+  dgrpo train gsm8k --config gsm8k_llada_8b                 LLaDA-8B-Instruct, on GPUs
+  dgrpo train gsm8k --resume true                           goes on from the last checkpoint in --output_dir
+"""
+
+SETTINGS_HELP = """Every setting of the YAML can be given. Those that are changed most:
+  --model_name_or_path    hub name or folder; 'embedded'
+  --dataset               hub name, local .jsonl, .json, .csv or .parquet file; 'embedded'
+  --reward_funcs, --reward_weights    what is paid for, and how much
+  --output_dir            where adapter, metrics, completions and report go
+  --max_steps             updates
+  --learning_rate, --num_iterations, --beta, --epsilon    how far an update may go
+  --num_generations, --temperature    completions of each prompt, and how varied they are
+  --max_completion_length, --block_length, --diffusion_steps    the canvas and how it is denoised
+  --per_device_train_batch_size       completions of a micro-batch, a multiple of --num_generations
+  --seed
+`dgrpo train TASK --help` lists all of them; docs/settings.md says which ones matter.
+"""
 
 
 def watch(arguments: argparse.Namespace) -> None:
@@ -42,12 +76,20 @@ def watch(arguments: argparse.Namespace) -> None:
         play(rollout, tokenizer, steps_per_second=arguments.speed, block_length=arguments.block_length)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; see `--help`."""
-    parser = argparse.ArgumentParser(
-        "dgrpo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of everything that is not read by a recipe itself."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("dgrpo", description=__doc__, formatter_class=plain)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    training = commands.add_parser(
+        "train", help="train on a task", description=TRAIN_HELP, epilog=SETTINGS_HELP, formatter_class=plain
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    training.add_argument("task", choices=TRAINABLE, metavar="TASK", help=", ".join(TRAINABLE))
+    training.add_argument("settings", nargs=argparse.REMAINDER, metavar="...", help="settings, such as --max_steps 10")
+    training.set_defaults(run=lambda arguments: run_recipe(TRAINABLE[arguments.task], arguments.settings))
+
+    commands.add_parser("evaluate", help="accuracy of checkpoints, of adapters, or of stored texts", add_help=False)
 
     watching = commands.add_parser("watch", help="watch a model denoise an answer")
     watching.add_argument(
@@ -62,11 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     watching.add_argument("--length", type=int, default=16, help="tokens of the completion")
     watching.add_argument("--block_length", type=int, help="tokens of a block; default: one block")
     watching.add_argument("--steps", type=int, help="denoising steps; default: one for each token")
-    watching.add_argument("--temperature", type=float, default=0.0)
+    watching.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     watching.add_argument("--speed", type=float, default=8.0, help="steps a second")
-    watching.add_argument("--seed", type=int, default=0)
-    watching.add_argument("--dtype", default="float32")
-    watching.add_argument("--device", default="cpu")
+    watching.add_argument("--seed", type=int, default=0, help="of the noise at a temperature above 0")
+    watching.add_argument("--dtype", default="float32", help="of the weights; bfloat16 on a GPU")
+    watching.add_argument("--device", default="cpu", help="cpu or cuda")
     watching.set_defaults(run=watch)
 
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")
@@ -75,13 +117,31 @@ def main(argv: list[str] | None = None) -> None:
     comparing.set_defaults(run=lambda arguments: compare(arguments.runs, arguments.png))
 
     reporting = commands.add_parser("report", help="write report.html and curves.png of a run again")
-    reporting.add_argument("folder", type=Path)
+    reporting.add_argument("folder", type=Path, help="the run's folder, also of one that still trains")
     reporting.set_defaults(run=lambda arguments: print(write_report(arguments.folder), write_curves(arguments.folder)))
 
-    arguments = parser.parse_args(argv)
+    commands.add_parser("merge", help="fold trained adapters into their base model", add_help=False)
+
+    listing = commands.add_parser("recipes", help="print the folder of the recipes, to read or to copy them")
+    listing.set_defaults(run=lambda arguments: print(RECIPES))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see `--help`."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments.run(arguments)
+        # What follows is read by the recipe, its --help too.
+        if argv[:1] in (["evaluate"], ["merge"]):
+            run_recipe(argv[0], argv[1:])
+        else:
+            arguments = build_parser().parse_args(argv)
+            arguments.run(arguments)
     except ValueError as error:
+        # Ours name the setting and the remedy, so the message is enough; of others one wants to know from where.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not any(raised_in.is_relative_to(folder) for folder in (Path(__file__).parent, RECIPES)):
+            raise
         sys.exit(f"dgrpo: {error}")
 
 

@@ -110,10 +110,16 @@ def _option(argv: list[str], name: str) -> str | None:
     return None
 
 
+def embedded_checkpoint(task: Task) -> Path:
+    """The tiny model that comes with the package for a task; that of gsm8k where the task has none of its own."""
+    own = CHECKPOINTS / task.name
+    return own if own.is_dir() else CHECKPOINTS / "gsm8k"
+
+
 def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig):
     """Model, tokenizer and LoRA settings (None when fine-tuning in full or going on with an adapter)."""
     if model_config.model_name_or_path in (None, EMBEDDED):
-        model_config.model_name_or_path = str(CHECKPOINTS / task.name)
+        model_config.model_name_or_path = str(embedded_checkpoint(task))
     name = model_config.model_name_or_path
     convert = getattr(recipe, "convert", None)
     family = family_of(name, model_config.model_revision, convert=convert)

@@ -22,7 +22,7 @@ from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation_report import show_results, stored_result, write_results
 from dgrpo.grading import grade_setups, infer_task
 from dgrpo.grading_d1 import D1
-from dgrpo.run import CHECKPOINTS
+from dgrpo.run import embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 
@@ -71,7 +71,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
     if arguments.device not in (None, state.device.type):
         raise ValueError(f"device={arguments.device!r}: there is none here, or accelerate is set to another.")
     task = TASKS[arguments.task]
-    embedded_folder = CHECKPOINTS / task.name
+    embedded_folder = embedded_checkpoint(task)
     chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)
     embedded = all(checkpoint.model == str(embedded_folder) for checkpoint in chosen)
     configs = samplers(arguments, task, embedded)

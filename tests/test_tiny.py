@@ -9,8 +9,10 @@ from functools import cache
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dgrpo.run import CHECKPOINTS
 from dgrpo.tiny import countdown, problems, sudoku
-from dgrpo.tiny.tokenizer import FORMAT_TOKENS, build_tokenizer
+from dgrpo.tiny.build import CORPORA, SEED
+from dgrpo.tiny.tokenizer import CHAT_TEMPLATE, FORMAT_TOKENS, build_grid_tokenizer, build_tokenizer
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 GENERATORS = [
@@ -327,7 +329,7 @@ def test_sudoku_split_has_all_288_grids_and_puzzles_have_one_solution():
             ]
             assert agreeing == [row["Solution"]]
             assert row["Solution"] in grids
-        assert {row["Puzzle"].count("0") for row in rows} == set(range(6, 11))
+        assert {row["Puzzle"].count("0") for row in rows} == {6, 7}
     assert len({row["Puzzle"] for row in sudoku.held_out_problems(2000, seed=0)}) == 2000
     assert sudoku.num_solutions("0" * 16) == 288
     assert sudoku.num_solutions("11" + "0" * 14) == 0
@@ -335,6 +337,8 @@ def test_sudoku_split_has_all_288_grids_and_puzzles_have_one_solution():
 
 def test_sudoku_supervised_answers_are_training_grids():
     train, _ = sudoku.grid_split()
+    blanks = {example["prompt"][0]["content"].count("0") for example in sudoku.sft_examples(300, seed=0)}
+    assert blanks == set(range(6, 11))
     for example in sudoku.sft_examples(300, seed=0):
         puzzle, answer = example["prompt"][0]["content"], example["completion"][0]["content"]
         solution = re.fullmatch(r"<answer>\n([1-4]{16})\n</answer>\n", answer)[1]
@@ -342,13 +346,32 @@ def test_sudoku_supervised_answers_are_training_grids():
         assert all(given in ("0", digit) for given, digit in zip(puzzle, solution, strict=True))
 
 
-def test_sudoku_can_be_read_digit_by_digit():
-    digits = build_tokenizer([], num_bpe_tokens=256, digits_per_token=1)
+def test_the_grid_tokenizer_reads_one_cell_a_token_and_keeps_the_format():
+    grids = build_grid_tokenizer()
     row = sudoku.train_problems(1, seed=0)[0]
-    assert digits.tokenize(row["Puzzle"]) == list(row["Puzzle"])
-    assert len(digits(problems.completion_text(row["Solution"]))["input_ids"]) == 18
-    with pytest.raises(ValueError, match="digits_per_token is 3"):
-        build_tokenizer([], digits_per_token=3)
+    example = problems.sft_example(problems.user_message(row["Puzzle"]), row["Solution"])
+    assert grids.tokenize(row["Puzzle"]) == list(row["Puzzle"])
+    assert len(grids.apply_chat_template(example["prompt"], add_generation_prompt=True)["input_ids"]) == 18
+    ids = grids.apply_chat_template(example["prompt"] + example["completion"])["input_ids"]
+    # The canvas of the recipe: the two tags, 16 cells, the end.
+    assert len(ids) - 18 == 19
+    assert ids[-1] == grids.eos_token_id
+    assert grids.decode(ids[18:], skip_special_tokens=True) == example["completion"][0]["content"]
+    assert grids.tokenize("9 é") == ["9", "<|unknown|>", "<|unknown|>"]
+    assert sorted(grids.get_vocab().values()) == list(range(len(grids)))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "sudoku", "countdown"])
+def test_the_checkpoints_were_made_with_the_tokenizer_of_today(name):
+    corpus = CORPORA[name]
+    questions = [row["prompt"][0]["content"] for row in corpus.examples(corpus.num_examples, SEED)]
+    stored = AutoTokenizer.from_pretrained(CHECKPOINTS / name, local_files_only=True)
+    assert stored.backend_tokenizer.to_str() == corpus.tokenizer(questions[:4000]).backend_tokenizer.to_str()
+    assert stored.chat_template == CHAT_TEMPLATE
+    text = problems.completion_text("1")
+    longest = max(len(stored(row["completion"][0]["content"])["input_ids"]) for row in corpus.examples(2000, SEED))
+    assert longest + 1 == corpus.completion_canvas
+    assert stored.decode(stored(text)["input_ids"]) == text
 
 
 def test_countdown_gold_is_right_over_the_whole_space_and_the_split_covers_it():

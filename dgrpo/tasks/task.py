@@ -1,18 +1,23 @@
 """A task: where its rows come from, how the question is put, and what counts as right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from datasets import Dataset, load_dataset
+from transformers.utils import logging
 
 from dgrpo.tiny.problems import Messages
+
+logger = logging.get_logger(__name__)
 
 # What --dataset says for the generated problems that the embedded default trains on.
 EMBEDDED = "embedded"
 
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SUFFIXES = (*_READERS, ".csv")
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,29 @@ class Task:
     """
 
     name: str
-    hub_name: str
+    # None: nothing on the hub; a local file must be named.
+    hub_name: str | None
     hub_config: str | None
     instruction: str
     to_row: Callable[[dict[str, Any]], dict[str, Any]]
     grade: Callable[..., list[float | None]]
     embedded: Callable[[str, int, int], list[dict[str, Any]]]
-    # The split of the hub's dataset that is kept for evaluation; None: the end of its training split.
+    # The split of the hub's dataset that is kept for evaluation; None: it has none and is divided.
     held_out_split: str | None = "test"
+    # What of a row (as `to_row` gives it) must never be both in training and held out.
+    split_key: Callable[[dict[str, Any]], Hashable] = lambda row: row["question"]
+    # Which rows of an undivided source are held out; None: the last ones.
+    is_held_out: Callable[[dict[str, Any]], bool] | None = None
+    # Which rows of the hub's dataset are used; None: all. Local files are taken as they are.
+    keep: Callable[[dict[str, Any]], bool] | None = None
+
+
+def field_of(row: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that a row has; KeyError names them all."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise KeyError(" or ".join(names))
 
 
 def prompt_messages(question: str, instruction: str) -> Messages:
@@ -43,12 +63,14 @@ def prompt_messages(question: str, instruction: str) -> Messages:
 def read_rows(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
     """Rows of a local .jsonl, .json, .csv or .parquet file, or of a split of a dataset on the hub."""
     path = Path(source)
-    if path.suffix in _READERS:
+    if path.suffix in _SUFFIXES:
         if not path.is_file():
             raise ValueError(f"dataset={source!r}: there is no such file.")
-        # Digits such as "0102" are text: nothing may be read as a number on the way.
-        options = {"dtype": str} if path.suffix == ".csv" else {}
-        return list(load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options))
+        if path.suffix == ".csv":
+            # Digits such as "0102" are text: nothing may be read as a number on the way.
+            rows: list[dict[str, Any]] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+            return rows
+        return list(load_dataset(_READERS[path.suffix], data_files=str(path), split="train"))
     return list(load_dataset(source, config, split=split))
 
 
@@ -62,39 +84,68 @@ def load_rows(
     instruction: str | None = None,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows {"prompt", "question", columns...} of a task; no question stands in both.
+    """Training and held-out rows {"prompt", "question", columns...} of a task; no `split_key` stands in both.
 
     dataset: a hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, or
-    "embedded". Held-out rows come from `eval_dataset` if given, else from the hub's held-out split, else they are the
-    last `num_held_out` of a file. Raises ValueError for a file that is missing or rows without the expected fields.
+    "embedded". Held-out rows come from `eval_dataset` if given, else from the hub's held-out split, else the source is
+    divided: by the task's own rule, or its last `num_held_out` rows are held out. Training rows whose key occurs in
+    any held-out row are left out, with a count; where `eval_dataset` is `dataset`, all of them.
+
+    Raises ValueError for a file that is missing or rows without the expected fields.
     """
     source = dataset or task.hub_name
+    if source is None:
+        raise ValueError(
+            f"dataset=None: {task.name} has no dataset on the hub. Name a local .csv, .jsonl, .json or .parquet file, "
+            f"or {EMBEDDED!r}."
+        )
+    config = task.hub_config if source == task.hub_name else None
     if source == EMBEDDED:
-        train = task.embedded("train", num_train or 4096, seed)
-        held_out = task.embedded("held_out", num_held_out, 0)
+        train = _converted(task, task.embedded("train", num_train or 4096, seed))
     else:
-        config = task.hub_config if source == task.hub_name else None
-        train = read_rows(source, "train", config)
-        if eval_dataset is not None:
-            held_out = read_rows(eval_dataset, task.held_out_split or "train")
-        elif Path(source).suffix in _READERS or task.held_out_split is None:
-            size = min(num_held_out, len(train) // 2)
-            train, held_out = train[: len(train) - size], train[len(train) - size :]
-        else:
-            held_out = read_rows(source, task.held_out_split, config)
-        train, held_out = train[:num_train], held_out[:num_held_out]
+        train = _converted(task, read_rows(source, "train", config))
+    if source == task.hub_name and task.keep is not None:
+        train = list(filter(task.keep, train))
+    if eval_dataset is not None:
+        held_out = _converted(task, read_rows(eval_dataset, task.held_out_split or "train"))
+    elif source == EMBEDDED:
+        held_out = _converted(task, task.embedded("held_out", num_held_out, 0))
+    elif Path(source).suffix in _SUFFIXES or task.held_out_split is None:
+        train, held_out = _divided(task, train, num_held_out)
+    else:
+        held_out = _converted(task, read_rows(source, task.held_out_split, config))
+    # All held-out keys, not those of the first `num_held_out` alone: a later evaluation may use more rows.
+    held_out_keys = {task.split_key(row) for row in held_out}
+    disjoint = [row for row in train if task.split_key(row) not in held_out_keys]
+    if left_out := len(train) - len(disjoint):
+        logger.warning(f"dataset={source!r}: {left_out} training rows occur in the held-out rows and are left out.")
+    if not held_out or not (disjoint or source == eval_dataset):
+        raise ValueError(f"dataset={source!r}: no rows are left for {'training' if held_out else 'evaluation'}.")
     instruction = task.instruction if instruction is None else instruction
-    rows = [[_with_prompt(row, task, instruction) for row in part] for part in (train, held_out)]
-    held_out_questions = {row["question"] for row in rows[1]}
-    rows[0] = [row for row in rows[0] if row["question"] not in held_out_questions]
-    if not rows[0] or not rows[1]:
-        raise ValueError(f"dataset={source!r}: no rows are left for {'training' if not rows[0] else 'evaluation'}.")
-    return Dataset.from_list(rows[0]), Dataset.from_list(rows[1])
+    train_rows, held_out_rows = (
+        Dataset.from_list([{"prompt": prompt_messages(row["question"], instruction), **row} for row in rows])
+        for rows in (disjoint[:num_train], held_out[:num_held_out])
+    )
+    return train_rows, held_out_rows
 
 
-def _with_prompt(row: dict[str, Any], task: Task, instruction: str) -> dict[str, Any]:
-    try:
-        columns = task.to_row(row)
-    except KeyError as error:
-        raise ValueError(f"dataset: a {task.name} row needs the field {error}; this one has {sorted(row)}.") from error
-    return {"prompt": prompt_messages(columns["question"], instruction), **columns}
+def _converted(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    converted = []
+    for row in rows:
+        try:
+            converted.append(task.to_row(row))
+        except KeyError as error:
+            raise ValueError(
+                f"dataset: a {task.name} row needs the field {error}; this one has {sorted(row)}."
+            ) from error
+    return converted
+
+
+def _divided(task: Task, rows: list[dict], num_held_out: int) -> tuple[list[dict], list[dict]]:
+    """Training and held-out part of one source."""
+    if task.is_held_out is None:
+        size = min(num_held_out, len(rows) // 2)
+        return rows[: len(rows) - size], rows[len(rows) - size :]
+    is_held_out = [task.is_held_out(row) for row in rows]
+    train = [row for row, out in zip(rows, is_held_out, strict=True) if not out]
+    return train, [row for row, out in zip(rows, is_held_out, strict=True) if out]

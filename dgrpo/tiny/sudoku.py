@@ -10,7 +10,9 @@ from functools import cache
 from dgrpo.tiny.problems import Messages, fixed_order, sft_example, user_message
 
 NUM_HELD_OUT_GRIDS = 48
-NUM_BLANKS = range(6, 11)
+NUM_BLANKS = range(6, 8)
+# Supervised puzzles have up to three empty cells more.
+NUM_BLANKS_SFT = range(6, 11)
 
 
 def _share_a_unit(cell: int, other: int) -> bool:
@@ -49,18 +51,18 @@ def num_solutions(puzzle: str) -> int:
     return agreeing.bit_count()
 
 
-def _draw(rng: random.Random, grids: list[str]) -> dict[str, str]:
+def _draw(rng: random.Random, grids: list[str], num_blanks: range = NUM_BLANKS) -> dict[str, str]:
     solution = rng.choice(grids)
-    num_blanks = rng.choice(NUM_BLANKS)
+    num_empty = rng.choice(num_blanks)
     while True:
-        blanks = set(rng.sample(range(16), num_blanks))
+        blanks = set(rng.sample(range(16), num_empty))
         puzzle = "".join("0" if cell in blanks else digit for cell, digit in enumerate(solution))
         if num_solutions(puzzle) == 1:
             return {"Puzzle": puzzle, "Solution": solution}
 
 
 def train_problems(num_problems: int, seed: int) -> list[dict[str, str]]:
-    """Puzzles on the training grids, with replacement: 6 to 10 blanks, equally likely; rows `Puzzle`, `Solution`."""
+    """Puzzles on the training grids, with replacement: 6 or 7 blanks, equally likely; rows `Puzzle`, `Solution`."""
     rng = random.Random(f"train {seed}")
     grids, _ = grid_split()
     return [_draw(rng, grids) for _ in range(num_problems)]
@@ -87,5 +89,5 @@ def sft_examples(
     """Supervised rows on training grids: the puzzle's 16 digits as the question, the solution as the answer."""
     rng = random.Random(f"sft {seed}")
     grids, _ = grid_split()
-    problems = [_draw(rng, grids) for _ in range(num_examples)]
+    problems = [_draw(rng, grids, NUM_BLANKS_SFT) for _ in range(num_examples)]
     return [sft_example(prompt_builder(problem["Puzzle"]), problem["Solution"]) for problem in problems]

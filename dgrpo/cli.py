@@ -1,0 +1,50 @@
+"""The recipes under short names: `dgrpo train gsm8k` runs recipes/gsm8k.py as `python recipes/gsm8k.py` would."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from dgrpo.tasks import TASKS
+
+_PACKAGE = Path(__file__).parent
+# Beside the package in a checkout, within it in a wheel.
+RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
+
+# Only the recipe on programs is not called what its task is.
+TRAINABLE = {name: {"code": "kodcode"}.get(name, name) for name in TASKS} | {"sft": "sft", "vrpo": "vrpo"}
+
+
+def run_recipe(name: str, words: list[str]) -> None:
+    """Runs a recipe's file with these words as its command line."""
+    # Rewards and estimators of one's own are looked for where one stands, as `python -m` does; last, so that no file
+    # there hides a module of somebody else's.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    sys.argv = [f"dgrpo {name}", *found_files(words)]
+    runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+
+
+def found_files(words: list[str]) -> list[str]:
+    """The words, with `--config` and `--preset` files that are not here taken from the recipes' folder by name."""
+    found = list(words)
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "--preset"):
+            continue
+        if equals:
+            found[index] = f"{name}={found_file(name, value)}"
+        elif index + 1 < len(words):
+            found[index + 1] = found_file(name, words[index + 1])
+    return found
+
+
+def found_file(option: str, value: str) -> str:
+    """The file itself, or that of this name, with or without `.yaml`, among the recipes (`--preset`: the presets)."""
+    folder = RECIPES / "presets" if option == "--preset" else RECIPES
+    places = (Path(value), folder / value, folder / f"{value}.yaml")
+    for place in places:
+        if place.is_file():
+            return str(place)
+    offered = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"{option.lstrip('-')}={value!r}: there is no such file here, nor among the recipes ({offered}).")

@@ -1,0 +1,98 @@
+"""Programs: a function to write and tests that it must pass, from rows of several datasets.
+
+- KodCode: `question`, `test` (functions `test_...`) and `test_info` with the declarations to keep.
+- HumanEval: `prompt` (the head of the function), `test` and `entry_point`.
+- MBPP: `text` or `prompt`, `test_list`, and what the tests need: `test_setup_code` or `test_imports`.
+- Your own: `prompt` and `tests`, as `rewards.code` reads them.
+"""
+
+import random
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from typing import Any
+
+from dgrpo.tasks.task import Task, field_of
+from dgrpo.tiny.problems import fixed_order
+from rewards.code import tests_reward
+
+INSTRUCTION = """Write the Python function that is asked for. Write your working between <reasoning> and \
+</reasoning>, then the program, complete with its imports, between <answer> and </answer>:
+<reasoning>
+...
+</reasoning>
+<answer>
+```python
+...
+```
+</answer>"""
+
+
+def to_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The task in words, and the tests as a list of Python texts."""
+    if "entry_point" in row:
+        head, tests = field_of(row, "prompt"), [f"{field_of(row, 'test')}\ncheck({row['entry_point']})"]
+        question = f"Complete the function:\n```python\n{head.rstrip()}\n```"
+    elif "test_list" in row:
+        setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or [])
+        tests = [setup] * bool(setup) + list(row["test_list"])
+        # The tests alone tell what the function is called.
+        question = f"{field_of(row, 'text', 'prompt')}\nIt must pass:\n" + "\n".join(row["test_list"])
+    elif "test" in row:
+        tests = [row["test"]]
+        declared = [each["function_declaration"] for each in row.get("test_info") or []]
+        question = "\n".join([field_of(row, "question"), *(f"Declare it as `{line}`" for line in declared)])
+    else:
+        found = field_of(row, "tests", "test", "test_list")
+        tests = [found] if isinstance(found, str) else list(found)
+        question = field_of(row, "prompt", "question")
+    return {"question": question, "tests": tests}
+
+
+# Functions of one line: what is asked, the expression that does it, and its value.
+TEMPLATES: list[tuple[str, str, Callable[[int, int, int], int]]] = [
+    ("the sum of x and {a}, times {b}", "(x + {a}) * {b}", lambda x, a, b: (x + a) * b),
+    ("x times {a}, plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
+    ("{a} minus x, times {b}", "({a} - x) * {b}", lambda x, a, b: (a - x) * b),
+    ("the remainder of x plus {a} divided by {b}", "(x + {a}) % {b}", lambda x, a, b: (x + a) % b),
+]
+CONSTANTS = range(2, 60)
+
+
+@cache
+def function_split() -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Training and held-out functions, as (template, a, b): together all of them."""
+    functions = sorted(product(range(len(TEMPLATES)), CONSTANTS, CONSTANTS), key=lambda key: fixed_order(str(key)))
+    num_held_out = len(functions) // 10
+    return functions[num_held_out:], functions[:num_held_out]
+
+
+def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
+    """Generated functions of one line with three tests each; rows of `prompt`, `tests` and a right `solution`."""
+    rng = random.Random(f"{split} {seed}")
+    train, held_out = function_split()
+    drawn = rng.choices(train, k=num_problems) if split == "train" else rng.sample(held_out, num_problems)
+    rows = []
+    for template, a, b in drawn:
+        words, expression, value = TEMPLATES[template]
+        tests = [f"assert f({x}) == {value(x, a, b)}" for x in rng.sample(range(-20, 130), 3)]
+        rows.append(
+            {
+                "prompt": f"Write a function f(x) that returns {words.format(a=a, b=b)}.",
+                "tests": tests,
+                "solution": f"def f(x):\n    return {expression.format(a=a, b=b)}",
+            }
+        )
+    return rows
+
+
+TASK = Task(
+    name="code",
+    hub_name="KodCode/KodCode-Light-RL-10K",
+    hub_config=None,
+    instruction=INSTRUCTION,
+    to_row=to_row,
+    grade=tests_reward,
+    embedded=embedded,
+    held_out_split=None,
+)

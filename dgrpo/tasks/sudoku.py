@@ -1,0 +1,64 @@
+"""Sudoku: rows of `Puzzle` and `Solution`, 16 digits (4x4) or 81 (9x9), row by row, 0 for an empty cell.
+
+There are only 288 filled 4x4 grids: puzzles split at random share their solutions. So the split is by solution, and
+once for all: 48 grids are held out in every file and for the generated puzzles, of 9x9 grids every tenth or so. d1's
+test file (arXiv:2504.12216) holds 229 of the 288 grids; what trains beside it as `eval_dataset` has the other 59.
+"""
+
+from typing import Any
+
+from dgrpo.tasks.task import Task, field_of
+from dgrpo.tiny import sudoku
+from dgrpo.tiny.problems import fixed_order
+from rewards.sudoku import is_solved, read_grid, read_puzzle, solved_reward
+
+INSTRUCTION = """Solve the Sudoku. It is written row by row, 0 for an empty cell: 16 digits from 1 to 4 with boxes of \
+2x2, or 81 digits from 1 to 9 with boxes of 3x3. Every row, column and box of the solution holds each digit once; the \
+given digits stay. Write your working between <reasoning> and </reasoning>, then all digits of the solution, in the \
+same order and without spaces, between <answer> and </answer>:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+
+
+def to_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The puzzle, also as the question, and its solution."""
+    puzzle, solution = field_of(row, "Puzzle", "puzzle"), field_of(row, "Solution", "solution")
+    cells = read_puzzle(puzzle)
+    grid = None if cells is None else read_grid(str(solution), cells)
+    if cells is None or grid is None or not is_solved(grid):
+        raise ValueError(
+            f"dataset: Puzzle {puzzle!r} with Solution {solution!r} is no Sudoku; both must be strings of 16 or 81 "
+            "digits (0 or . for an empty cell), the solution one that keeps the puzzle's digits."
+        )
+    return {"question": cells, "puzzle": cells, "solution": grid}
+
+
+def is_held_out(row: dict[str, Any]) -> bool:
+    """Whether the row's solution belongs to evaluation."""
+    if len(row["solution"]) == 16:
+        return row["solution"] in sudoku.grid_split()[1]
+    return fixed_order(row["solution"])[0] < 26
+
+
+def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
+    """Generated 4x4 puzzles with one solution each, 6 or 7 cells empty."""
+    draw = sudoku.train_problems if split == "train" else sudoku.held_out_problems
+    return draw(num_problems, seed)
+
+
+TASK = Task(
+    name="sudoku",
+    hub_name=None,
+    hub_config=None,
+    instruction=INSTRUCTION,
+    to_row=to_row,
+    grade=solved_reward,
+    embedded=embedded,
+    held_out_split=None,
+    is_held_out=is_held_out,
+    split_key=lambda row: row["solution"],
+)
