@@ -10,6 +10,7 @@ are textbook / ours. Peak memory is above the weights, each case in a fresh proc
 
 import argparse
 import copy
+import ctypes
 import statistics
 import subprocess
 import sys
@@ -325,6 +326,8 @@ def peak_memory(bench: Bench, case: str) -> float:
         before = torch.cuda.memory_allocated()
         MEMORY_CASES[case](bench)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Memory that was freed but is still held would hide what the case takes.
+    ctypes.CDLL(None).malloc_trim(0)
     # Linux: 5 resets the high-water mark of the resident set to what is resident now.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
