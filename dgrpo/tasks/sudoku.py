@@ -45,7 +45,7 @@ def is_held_out(row: dict[str, Any]) -> bool:
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
-    """Generated 4x4 puzzles with one solution each, 6 or 7 cells empty."""
+    """Generated 4x4 puzzles with one solution each, 6 to 8 cells empty."""
     draw = sudoku.train_problems if split == "train" else sudoku.held_out_problems
     return draw(num_problems, seed)
 

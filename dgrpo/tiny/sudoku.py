@@ -10,8 +10,8 @@ from functools import cache
 from dgrpo.tiny.problems import Messages, fixed_order, sft_example, user_message
 
 NUM_HELD_OUT_GRIDS = 48
-NUM_BLANKS = range(6, 8)
-# Supervised puzzles have up to three empty cells more.
+NUM_BLANKS = range(6, 9)
+# Supervised puzzles have up to two empty cells more.
 NUM_BLANKS_SFT = range(6, 11)
 
 
@@ -62,7 +62,7 @@ def _draw(rng: random.Random, grids: list[str], num_blanks: range = NUM_BLANKS) 
 
 
 def train_problems(num_problems: int, seed: int) -> list[dict[str, str]]:
-    """Puzzles on the training grids, with replacement: 6 or 7 blanks, equally likely; rows `Puzzle`, `Solution`."""
+    """Puzzles on the training grids, with replacement: 6 to 8 blanks, equally likely; rows `Puzzle`, `Solution`."""
     rng = random.Random(f"train {seed}")
     grids, _ = grid_split()
     return [_draw(rng, grids) for _ in range(num_problems)]
