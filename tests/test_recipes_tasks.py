@@ -61,6 +61,7 @@ def run(monkeypatch, name: str, *more: str) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_three_updates_on_its_embedded_default(monkeypatch, tmp_path, name):
     short = ["--max_steps", "3", "--num_eval_problems", "8", "--evaluate_every", "0", "--report_to", "none"]
