@@ -54,7 +54,7 @@ def outcome(folder: Path, done) -> str:
         }
         told = ", ".join(f"{int(count)} {name}" for name, count in counts.items() if count)
         return f"the run goes on; counted: {told}" if told else "the run goes on"
-    if set(done.codes) == {-9}:
+    if -9 in done.codes:
         return "killed, resumed"
     message = re.findall(r"^\w*(?:Error|Exception): (.*)", done.output, re.MULTILINE)[-1]
     # Its first sentence.

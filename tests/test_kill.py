@@ -165,7 +165,9 @@ def test_two_processes_killed_end_bit_equal(warm, tmp_path, config, kind):
         done = warm.run(
             tmp_path / f"{number}.log", arguments(tmp_path / "cut", **fewer), config=config, faults=[moment]
         )
-        assert done.codes == [-9, -9], done.output[-3000:]
+        # The other process may see the connection break before it is killed as well.
+        assert -9 in done.codes, done.output[-3000:]
+        assert 0 not in done.codes, done.output[-3000:]
     last = warm.run(tmp_path / "last.log", arguments(tmp_path / "cut", **fewer), config=config)
     assert last.codes == [0, 0], last.output[-3000:]
     assert differences(tmp_path / "straight", tmp_path / "cut", 6) == []
