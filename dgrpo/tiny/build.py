@@ -34,7 +34,7 @@ class Corpus:
     mlp: int
     tokenizer: Callable[[list[str]], PreTrainedTokenizerFast] = build_tokenizer
     # The learning rate falls over so many steps (None: `steps`). A run that stops half-way leaves weights that a small
-    # step still improves; where the rate has come down they sit in a narrow valley and reinforcement learning stalls.
+    # step still improves; where the rate had come down, steps of the same length along the policy gradient did harm.
     schedule_steps: int | None = None
 
 
