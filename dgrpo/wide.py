@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _STRETCH = 256
+_STRIP_BYTES = 4 * 2**20
 
 
 def _in_stretches(values: Tensor, fill: float) -> Tensor:
@@ -48,6 +49,32 @@ def _below(threshold: Tensor, total: Tensor) -> Tensor:
     return torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
 
 
+def spread_beside(logits: Tensor, top: Tensor, probs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What the other entries weigh where entry `top` [n, 1] has logit 0: sum of their exp [n, 1], mean logit [n].
+
+    The likeliest entry is kept apart because 1 - p would lose how little the others have. The mean is over the
+    softmax of all entries, to which `top` adds nothing. `probs`, if given, receives the softmax, 0 at `top`; without
+    it a few rows exist at a time, and never a second [n, V].
+    """
+    others, mean = logits.new_empty(len(logits), 1), logits.new_empty(len(logits))
+    step = _rows_at_a_time(logits)
+    spare = torch.empty_like(logits[:step] if probs is None else logits[:0])
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        part = spare[: len(logits[rows])] if probs is None else probs[rows]
+        torch.exp(logits[rows], out=part).scatter_(1, top[rows], 0)
+        torch.sum(part, -1, keepdim=True, out=others[rows])
+        part /= 1 + others[rows]
+        mean[rows] = torch.linalg.vecdot(part, logits[rows])
+    return others, mean
+
+
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row of a and b [n, V], [n]; a few rows at a time, or all the products would be kept."""
-    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(8), b.split(8), strict=True)])
+    step = _rows_at_a_time(a)
+    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(step), b.split(step), strict=True)])
+
+
+def _rows_at_a_time(values: Tensor) -> int:
+    """How many rows of [n, V] are worked on where all of them would take too much memory."""
+    return max(1, _STRIP_BYTES // (4 * values.shape[1]))

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dgrpo.wide import first_argmax, row_products
+from dgrpo.wide import first_argmax, row_products, spread_beside
 
 # Two float32 [rows, V] buffers of at most this size live at once while scoring; larger jobs go through in chunks.
 MAX_LOGITS_BYTES = 48 * 2**20
@@ -115,14 +115,11 @@ class _FrozenHeadScores(torch.autograd.Function):
             top = first_argmax(logits)[:, None]
             logits -= logits.gather(-1, top)
             index = target_index[scored] - rows.start
-            target_logits = logits[index, targets[scored]]
-            # The likeliest token apart: how little the others have is lost in 1 - p.
-            probs = logits.exp().scatter_(1, top, 0)
-            others = probs.sum(-1, keepdim=True)
+            probs = torch.empty_like(logits) if needs_grad or reference is not None else None
+            others, energy = spread_beside(logits, top, probs)
             total, log_total = 1 + others, others.log1p()
-            logps[scored] = target_logits - log_total[index, 0]
-            probs /= total
-            entropy[rows] = log_total[:, 0] - row_products(probs, logits)
+            logps[scored] = logits[index, targets[scored]] - log_total[index, 0]
+            entropy[rows] = log_total[:, 0] - energy
             if needs_grad:
                 # E_p[W] - W[top], and W[t] - W[top] beside it: where the model is sure, W[t] - E_p[W] is far smaller
                 # than its terms and would drown in their bfloat16 rounding.
