@@ -82,7 +82,7 @@ class Measure(TrainerCallback):
         spent = self.spent + time.process_time() - self.since
         batches, rest = divmod(state.global_step, self.trainer.num_iterations)
         in_time = before < run.cpu_seconds <= spent and not any(point.get("in_time") for point in self.points)
-        enough = batches >= run.rollouts and rest == 0
+        enough = batches >= run.rollouts
         if in_time or (rest == 0 and batches in {run.rollouts, *run.points}):
             self.measure(state)
             self.points[-1]["in_time"] = in_time

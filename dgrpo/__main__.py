@@ -13,18 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-
 from dgrpo.cli import RECIPES, TRAINABLE, run_recipe
-from dgrpo.compare import compare
-from dgrpo.evaluate import encode_prompts
-from dgrpo.models import load_model
-from dgrpo.player import load_rollout, play, save_rollout
-from dgrpo.player_export import write_gif, write_html
-from dgrpo.report import write_curves, write_report
-from dgrpo.run import CHECKPOINTS
-from dgrpo.sampling import SamplerConfig, generate
-from dgrpo.tasks import prompt_messages
+
+# What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 
 TRAIN_HELP = """Trains on a task: the file of the same name among the recipes, with the settings of the YAML beside it.
 
@@ -53,7 +44,18 @@ SETTINGS_HELP = """Every setting of the YAML can be given. Those that are change
 
 def watch(arguments: argparse.Namespace) -> None:
     """Plays the denoising of one prompt in the terminal, or writes it as a page or an image."""
-    model, tokenizer = load_model(arguments.model, arguments.dtype, adapter=arguments.adapter)
+    import torch
+
+    from dgrpo.evaluate import encode_prompts
+    from dgrpo.models import load_model
+    from dgrpo.player import load_rollout, play, save_rollout
+    from dgrpo.player_export import write_gif, write_html
+    from dgrpo.run import CHECKPOINTS
+    from dgrpo.sampling import SamplerConfig, generate
+    from dgrpo.tasks import EMBEDDED, prompt_messages
+
+    name = str(CHECKPOINTS / "gsm8k") if arguments.model == EMBEDDED else arguments.model
+    model, tokenizer = load_model(name, arguments.dtype, adapter=arguments.adapter)
     model.to(arguments.device)
     if arguments.rollout:
         rollout = load_rollout(arguments.rollout)
@@ -76,6 +78,20 @@ def watch(arguments: argparse.Namespace) -> None:
         play(rollout, tokenizer, steps_per_second=arguments.speed, block_length=arguments.block_length)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Prints the table of several runs and draws their curves."""
+    from dgrpo.compare import compare
+
+    compare(arguments.runs, arguments.png)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Writes the page and the curves of a run again."""
+    from dgrpo.report import write_curves, write_report
+
+    print(write_report(arguments.folder), write_curves(arguments.folder))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of everything that is not read by a recipe itself."""
     plain = argparse.RawDescriptionHelpFormatter
@@ -95,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument(
         "prompt", nargs="?", default="Tom has 5 pens, buys 4 more and gives away 2. How many pens are left?"
     )
-    watching.add_argument("--model", default=str(CHECKPOINTS / "gsm8k"), help="hub name or folder")
+    watching.add_argument("--model", default="embedded", help="hub name or folder; 'embedded': the tiny model")
     watching.add_argument("--adapter", help="a trained adapter to put on top")
     watching.add_argument("--rollout", help="a stored rollout to play instead of sampling one")
     watching.add_argument("--save", help="store the rollout in this file")
@@ -114,11 +130,11 @@ def build_parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")
     comparing.add_argument("runs", nargs="+", type=Path, help="run folders")
     comparing.add_argument("--png", default="compare.png", help="where to draw the curves")
-    comparing.set_defaults(run=lambda arguments: compare(arguments.runs, arguments.png))
+    comparing.set_defaults(run=compare)
 
     reporting = commands.add_parser("report", help="write report.html and curves.png of a run again")
     reporting.add_argument("folder", type=Path, help="the run's folder, also of one that still trains")
-    reporting.set_defaults(run=lambda arguments: print(write_report(arguments.folder), write_curves(arguments.folder)))
+    reporting.set_defaults(run=report)
 
     commands.add_parser("merge", help="fold trained adapters into their base model", add_help=False)
 

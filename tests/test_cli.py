@@ -173,3 +173,24 @@ def test_it_trains_from_a_wheel_in_another_folder(tmp_path):
     where = [str(target / "bin/dgrpo"), "recipes"]
     printed = subprocess.run(where, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600)
     assert printed.stdout.strip() == str(target / "dgrpo/recipes"), printed.stderr
+
+
+def test_help_and_the_package_itself_import_nothing_heavy():
+    code = (
+        "import sys, contextlib, io\n"
+        "from dgrpo.__main__ import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['train', '--help'])\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'pandas'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_when_asked_for():
+    import dgrpo
+
+    assert all(getattr(dgrpo, name) is not None for name in dgrpo.__all__)
+    assert set(dgrpo.__all__) <= set(dir(dgrpo))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dgrpo.nothing  # noqa: B018
