@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.callbacks import MetricsFile
+from dgrpo.estimators import ESTIMATORS
 from dgrpo.trainers.checkpoints import last_complete_checkpoint
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
@@ -98,6 +99,62 @@ def test_a_resumed_run_ends_bit_equal(build, tmp_path, stop, logging_steps):
     assert resumed.logged_completions == straight.logged_completions
     for path in sorted((tmp_path / "straight/completions").iterdir()):
         assert pd.read_parquet(path).equals(pd.read_parquet(tmp_path / "cut/completions" / path.name))
+
+
+class Scored(TrainerCallback):
+    """The log-probabilities of every update, and what its batch has as the old ones (None: not needed)."""
+
+    def __init__(self):
+        self.pairs: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def watch(self, trainer) -> None:
+        score = trainer._score
+
+        def spy(model, batch, views, as_reference=None):
+            found = score(model, batch, views, as_reference)
+            if torch.is_grad_enabled():
+                new = (views.weights * found.logps).sum(1).detach()
+                self.pairs.append((new, batch.get("old_per_token_logps")))
+            return found
+
+        trainer._score = spy
+
+
+@pytest.mark.parametrize(
+    ("estimator", "settings"),
+    [
+        ("one_step", {}),
+        ("one_step", {"prompt_mask_scope": "row"}),
+        ("coupled", {}),
+        ("elbo", {"estimator_kwargs": {"num_samples": 3}, "importance_sampling_level": "sequence"}),
+        ("elbo", {"estimator_kwargs": {"complementary": True}, "objective": "espo"}),
+        ("quadrature", {"importance_sampling_level": "sequence"}),
+        ("trace", {}),
+        ("trace", {"estimator_kwargs": {"top_k": 2}}),
+        ("left_to_right", {"block_length": 1}),
+        ("block_random", {"importance_sampling_level": "sequence"}),
+    ],
+)
+def test_with_learning_rate_0_every_estimators_ratio_is_1_through_shuffle_accumulation_and_resume(
+    build, tmp_path, estimator, settings
+):
+    settings = settings | {"estimator": estimator, "learning_rate": 0.0, "num_iterations": 3, "max_steps": 6}
+    settings |= {"views_per_pass": 2}
+    build("cut", callbacks=[StopAt(4)], save_steps=4, **settings).train()
+    resumed = build("cut", save_strategy="no", **settings)
+    scored = Scored()
+    scored.watch(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-4"))
+    assert len(scored.pairs) == 4, "two updates of two micro-batches are left, of the rollout that the first part drew"
+    for new, old in scored.pairs:
+        assert (new < 0).any()
+        assert old is not None
+        assert torch.equal(new, old)
+
+
+def test_no_estimator_is_left_out_above():
+    marks = test_with_learning_rate_0_every_estimators_ratio_is_1_through_shuffle_accumulation_and_resume.pytestmark
+    assert {case[0] for mark in marks for case in mark.args[1]} == set(ESTIMATORS)
 
 
 def test_a_run_that_was_stopped_after_its_last_update_makes_no_more(build, tmp_path):

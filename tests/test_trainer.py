@@ -190,7 +190,7 @@ def test_views_follow_their_row_through_the_shuffle(trainer):
     batch = run._generate_and_score_completions(rows)
     shuffled = run._shuffled(batch)
     assert not torch.equal(shuffled["completion_ids"], batch["completion_ids"])
-    for key in ("hidden", "weights", "advantages", "prompt_ids"):
+    for key in ("hidden", "weights", "advantages", "prompt_ids", "revealed_at", "confidence", "entropy"):
         tagged = {(tuple(ids), tuple(hidden)): value for ids, hidden, value in zip(
             batch["completion_ids"].tolist(), batch["hidden"].flatten(1).tolist(), batch[key].tolist(), strict=True
         )}  # fmt: skip

@@ -136,7 +136,9 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         # would tell the model how long the answer is.
         batch |= {"completion_ids": rollout.completion_ids, "completion_mask": completion_mask.long()}
         batch |= {"hidden": hidden.to(completion_mask.device), "weights": weights.to(completion_mask.device)}
-        batch |= {"group": rollout.group, "revealed_at": rollout.revealed_at}
+        # The trace: for estimators and objectives of one's own, and for whoever looks into a checkpoint's batch.
+        trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy")}
+        batch |= {"group": rollout.group, **trace}
         self._rollout = self._views = None
         return batch
 
