@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
-from study import ROOT, Run, accuracy, one_thread, results
+from study import ROOT, Run, accuracy, one_thread, results, spread
 
 from dgrpo.curves import COLOURS, GRID, INK, MUTED
 
@@ -69,11 +69,6 @@ def best_rate(sweep: list[dict[str, Any]]) -> float:
     return max(sweep, key=lambda each: accuracy(in_time(each)) + accuracy(each["points"][-1]))["settings"][
         "learning_rate"
     ]
-
-
-def spread(values: list[float]) -> str:
-    """Mean and range in per cent."""
-    return f"{100 * mean(values):.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]" if values else "-"
 
 
 def table(task: str, sweeps: dict[str, list[dict]], finals: dict[str, list[dict]]) -> str:

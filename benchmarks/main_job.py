@@ -2,6 +2,8 @@
 
     python benchmarks/main_job.py --output_dir runs/main_job
 
+    python benchmarks/main_job.py --embedded --seeds 0 1 2 3 4 5 6 7 8 9     # ten seeds of `make gsm8k`
+
 Checkpoints are made by `dgrpo.tiny.build` where they are missing (6 to 15 minutes each on one shared core).
 """
 
@@ -19,7 +21,7 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def table(summaries: list[tuple[int, dict]]) -> str:
+def table(summaries: list[tuple[str, dict]]) -> str:
     """Markdown: a row for each run, then the mean."""
     lines = [
         "| SFT seed | RL seed | before | after | ceiling | after / ceiling | reason before -> after | training, s |",
@@ -48,20 +50,23 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/main_job"))
     parser.add_argument("--sft_seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--embedded", action="store_true", help="start from the checkpoint that comes with the package"
+    )
     arguments, more = parser.parse_known_args()
     folder = arguments.output_dir.resolve()
     summaries = []
-    for sft_seed in arguments.sft_seeds:
-        checkpoint = folder / f"sft_{sft_seed}"
-        if not (checkpoint / "model.safetensors").exists():
+    for sft_seed in ["embedded"] if arguments.embedded else arguments.sft_seeds:
+        checkpoint = "embedded" if arguments.embedded else str(folder / f"sft_{sft_seed}")
+        if not arguments.embedded and not (Path(checkpoint) / "model.safetensors").exists():
             build = [sys.executable, "-m", "dgrpo.tiny.build", "gsm8k"]
-            run([*build, "--output_dir", str(checkpoint), "--seed", str(sft_seed)])
+            run([*build, "--output_dir", checkpoint, "--seed", str(sft_seed)])
         for seed in arguments.seeds:
             output = folder / f"rl_{sft_seed}_{seed}"
             if not (output / "summary.json").exists():
-                recipe = [sys.executable, "recipes/gsm8k.py", "--model_name_or_path", str(checkpoint)]
+                recipe = [sys.executable, "recipes/gsm8k.py", "--model_name_or_path", checkpoint]
                 run([*recipe, "--seed", str(seed), "--output_dir", str(output), *more])
-            summaries.append((sft_seed, json.loads((output / "summary.json").read_text())))
+            summaries.append((str(sft_seed), json.loads((output / "summary.json").read_text())))
     print(table(summaries))
 
 

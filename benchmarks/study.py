@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -185,6 +186,11 @@ def accuracy(point: dict[str, Any], part: slice = slice(None)) -> float:
     """The share of held-out problems that are right, of all or of a part of them."""
     marks = point["correct"][part]
     return marks.count("1") / len(marks)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range in per cent."""
+    return f"{100 * mean(values):.1f} [{100 * min(values):.1f}, {100 * max(values):.1f}]" if values else "-"
 
 
 def summary(result: dict[str, Any]) -> str:
