@@ -20,18 +20,26 @@ from study import ROOT, Run, accuracy, one_thread, results, spread
 from dgrpo.curves import COLOURS, GRID, INK, MUTED
 
 PRESETS = tuple(sorted(file.stem for file in (ROOT / "recipes" / "presets").glob("*.yaml")))
-ROLLOUTS, SECONDS = 12, 40.0
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)
 COMMON = {"warmup_steps": 4, "num_eval_problems": 512}
-# Fewer rollouts at a time than the recipes', so that a method with one update each makes a number of them.
+# The budgets are `rollouts` batches and `seconds` of CPU time. Methods with many views need long for their rollouts:
+# after `at_most` seconds they are not waited for. gsm8k has half of the recipe's rollouts in a batch, so that a method
+# with one update each makes a number of them; on Sudoku, where most groups teach nothing, a quarter of the recipe's
+# taught no method anything (one sweep).
 TASKS: dict[str, dict[str, Any]] = {
     "gsm8k": {
+        "rollouts": 12,
+        "seconds": 40.0,
+        "at_most": 120.0,
         "learning_rates": (3e-4, 1e-3, 3e-3),
         "settings": {"per_device_train_batch_size": 64, "log_kl": False},
     },
     "sudoku": {
-        "learning_rates": (8e-5, 2.5e-4, 8e-4),
-        "settings": {"per_device_train_batch_size": 128},
+        "rollouts": 6,
+        "seconds": 45.0,
+        "at_most": 90.0,
+        "learning_rates": (2.5e-5, 8e-5, 2.5e-4),
+        "settings": {"per_device_train_batch_size": 512},
     },
 }
 # Left to right, one token at a time, takes as many steps as there are tokens.
@@ -42,8 +50,8 @@ def run_of(task: str, preset: str, learning_rate: float, seed: int) -> Run:
     """The run of a preset over the whole budget."""
     settings = COMMON | TASKS[task]["settings"] | ONLY.get((task, preset), {}) | {"learning_rate": learning_rate}
     name = f"{preset}-{learning_rate:g}"
-    # Methods with many views need long for their rollouts; three times the budget of the others is enough to see.
-    return Run(name, task, seed, settings, ROLLOUTS, SECONDS, 3 * SECONDS, preset=preset)
+    budget = TASKS[task]
+    return Run(name, task, seed, settings, budget["rollouts"], budget["seconds"], budget["at_most"], preset=preset)
 
 
 def halved(run: Run) -> Run:
@@ -73,25 +81,25 @@ def best_rate(sweep: list[dict[str, Any]]) -> float:
 
 def table(task: str, sweeps: dict[str, list[dict]], finals: dict[str, list[dict]]) -> str:
     """Markdown: a row for each preset, best after equal time first."""
-    rates = TASKS[task]["learning_rates"]
+    rates, rollouts, seconds = (TASKS[task][name] for name in ("learning_rates", "rollouts", "seconds"))
     start = accuracy(next(iter(finals.values()))[0]["points"][0])
     lines = [
-        f"{task}: {start:.1%} before. Sweep: after {SECONDS / 2:.0f} CPU-s, one seed.\n",
-        f"| preset | {' | '.join(f'sweep {rate:g}' for rate in rates)} | rate | after {SECONDS:.0f} CPU-s | rollouts, "
-        f"updates then | after {ROLLOUTS} rollouts | CPU-s then | lowest point |",
+        f"{task}: {start:.1%} before. Sweep: after {seconds / 2:.0f} CPU-s, one seed.\n",
+        f"| preset | {' | '.join(f'sweep {rate:g}' for rate in rates)} | rate | after {seconds:.0f} CPU-s | rollouts, "
+        f"updates then | after {rollouts} rollouts | CPU-s then | lowest point |",
         "|---|" + "---|" * (len(rates) + 6),
     ]
     for preset in sorted(finals, key=lambda name: -mean(accuracy(in_time(each)) for each in finals[name])):
         runs = finals[preset]
         timed = [in_time(each) for each in runs]
-        rolled = [point for each in runs if (point := at_rollouts(each, ROLLOUTS))]
-        seconds = f"{mean(point['cpu_seconds'] for point in rolled):.0f}" if rolled else "-"
+        rolled = [point for each in runs if (point := at_rollouts(each, rollouts))]
+        needed = f"{mean(point['cpu_seconds'] for point in rolled):.0f}" if rolled else "-"
         lowest = min(accuracy(point) for each in runs for point in each["points"][1:])
         lines.append(
             f"| {preset} | {' | '.join(f'{accuracy(in_time(each)):.1%}' for each in sweeps[preset])} | "
             f"{runs[0]['settings']['learning_rate']:g} | {spread([accuracy(point) for point in timed])} | "
             f"{mean(point['rollouts'] for point in timed):.0f}, {mean(point['updates'] for point in timed):.0f} | "
-            f"{spread([accuracy(point) for point in rolled])} | {seconds} | {lowest:.1%} |"
+            f"{spread([accuracy(point) for point in rolled])} | {needed} | {lowest:.1%} |"
         )
     return "\n".join(lines)
 
@@ -103,11 +111,12 @@ def draw(path: Path, found: dict[str, dict[str, list[dict]]]) -> None:
     axes = figure.subplots(len(found), 2, squeeze=False)
     for row, (task, finals) in zip(axes, found.items(), strict=True):
         start = accuracy(next(iter(finals.values()))[0]["points"][0])
+        rollouts, seconds = TASKS[task]["rollouts"], TASKS[task]["seconds"]
         order = sorted(finals, key=lambda name: mean(accuracy(in_time(each)) for each in finals[name]))
-        for axis, title in zip(row, (f"{SECONDS:.0f} CPU seconds", f"{ROLLOUTS} rollout batches"), strict=True):
+        for axis, title in zip(row, (f"{seconds:.0f} CPU seconds", f"{rollouts} rollout batches"), strict=True):
             axis.axvline(100 * start, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
             for height, preset in enumerate(order):
-                points = [in_time(each) if axis is row[0] else at_rollouts(each, ROLLOUTS) for each in finals[preset]]
+                points = [in_time(each) if axis is row[0] else at_rollouts(each, rollouts) for each in finals[preset]]
                 values = [100 * accuracy(point) for point in points if point]
                 if not values:
                     continue

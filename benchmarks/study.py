@@ -138,15 +138,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         "clipped": "clip_ratio/region_mean",
         "rollout_seconds": "time/rollout",
     }
+    # The reward is logged once for each rollout, not at each of its updates.
     logs = [row for row in trainer.state.log_history if "reward" in row]
-    first = logs[:: trainer.num_iterations]
     return {
         "name": run.name,
         "task": run.task,
         "seed": run.seed,
         "settings": {"preset": run.preset, **run.settings},
         "points": measure.points,
-        "logs": {name: [round(row.get(key, 0.0), 4) for row in first] for name, key in kept.items()},
+        "logs": {name: [round(row.get(key, 0.0), 4) for row in logs] for name, key in kept.items()},
     }
 
 
