@@ -139,6 +139,7 @@ class HeldOutEvaluation(TrainerCallback):
                 num_processes=accelerator.num_processes,
                 any_rank=trainer.any_process if accelerator.num_processes > 1 else bool,
                 on_batch=bar.update,
+                template_settings=trainer.args.chat_template_kwargs,
             )
         step = trainer.state.global_step
         logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}

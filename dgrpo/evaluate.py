@@ -110,13 +110,20 @@ def processes(device: str | None = None) -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=7))
 
 
-def encode_prompts(tokenizer, prompts: Sequence, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, P] of prompts (messages or strings), padded on the left."""
+def encode_prompts(
+    tokenizer, prompts: Sequence, device: torch.device, template_settings: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, P] of prompts (messages or strings), padded on the left.
+
+    `template_settings` go to the chat template, such as {"enable_thinking": False}.
+    """
     if isinstance(prompts[0], str):
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     else:
         ids = [
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, **template_settings or {}
+            )["input_ids"]
             for prompt in prompts
         ]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(device)
@@ -137,6 +144,7 @@ def answer_rows(
     any_rank: Callable[[bool], bool] = bool,
     on_batch: Callable[[int], None] | None = None,
     finished: Answers | None = None,
+    template_settings: dict[str, Any] | None = None,
 ) -> list[Answer]:
     """One graded completion for each row, in the rows' order.
 
@@ -157,7 +165,10 @@ def answer_rows(
         numbers = turn[min(process_index, len(turn) - 1)]
         part = [rows[number] for number in numbers]
         prompt_ids, prompt_mask = encode_prompts(
-            tokenizer, [row["prompt"] for row in part], model.get_input_embeddings().weight.device
+            tokenizer,
+            [row["prompt"] for row in part],
+            model.get_input_embeddings().weight.device,
+            template_settings,
         )
         keys = row_keys(torch.tensor(numbers), "evaluation", seed)
         rollout = generate(model, prompt_ids, prompt_mask, config, row_keys=keys, any_rank=any_rank)

@@ -79,6 +79,7 @@ def evaluate_checkpoint(
     batch_size: int,
     seed: int = 0,
     resume: bool = False,
+    template_settings: dict[str, Any] | None = None,
     on_start: Callable[[str, int, int], Callable[[int], None]],
 ) -> list[Result]:
     """Accuracy of a checkpoint under each sampler, by every protocol that the task has; its texts are in `folder`.
@@ -100,6 +101,7 @@ def evaluate_checkpoint(
             "rows": digest(list(rows)),
             "sampler": asdict(config),
             "seed": seed,
+            "template_settings": template_settings,
         }
         finished = FinishedRows(folder / name, settings, state, resume=resume)
         answers = answer_rows(
@@ -114,6 +116,7 @@ def evaluate_checkpoint(
             num_processes=state.num_processes,
             on_batch=on_start(name, len(rows), len(finished.answers)),
             finished=finished,
+            template_settings=template_settings,
         )
         found = Evaluation.of(answers, state.num_processes)
         items = d1_items(task.name, rows, answers, tokenizer.eos_token)

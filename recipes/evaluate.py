@@ -9,6 +9,7 @@ in d1's JSON format, results.json and accuracy.png. A run that was cut off goes 
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
                 batch_size=arguments.batch_size,
                 seed=arguments.seed,
                 resume=arguments.resume,
+                template_settings=arguments.chat_template_kwargs,
                 on_start=on_start,
             )
     results = [result for result in results if result.protocol in (arguments.protocol or PROTOCOLS)]
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0, help="Of the noise at a temperature above 0.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows that a process samples at a time.")
+    parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}.')
     parser.add_argument("--dtype", help="Default: bfloat16, on a CPU float32.")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: the accelerator, if there is one.")
     parser.add_argument("--output_dir", default="runs/evaluation")

@@ -1,5 +1,6 @@
 """Evaluation of checkpoints: the same whatever the batches, processes and interruptions; what it writes and shows."""
 
+import copy
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from dgrpo import SamplerConfig, load_model
-from dgrpo.evaluate import Answer, Evaluation, answer_rows, evaluate
+from dgrpo.evaluate import Answer, Evaluation, answer_rows, encode_prompts, evaluate
 from dgrpo.evaluation_checkpoints import checkpoints, evaluate_checkpoint, labels
 from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation_report import Result, results_table, write_results
@@ -138,6 +139,17 @@ def test_weights_that_changed_have_another_fingerprint(tmp_path):
     assert fingerprint(str(tmp_path)) == before
     os.utime(weights, ns=(1, 1))
     assert fingerprint(str(tmp_path)) != before
+
+
+def test_settings_of_the_chat_template_reach_the_prompt(tiny):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if short %} 7{% endif %}"
+    prompts = [[{"role": "user", "content": "3"}]]
+    plain, asked = (
+        encode_prompts(tokenizer, prompts, torch.device("cpu"), settings)[0].shape[1]
+        for settings in (None, {"short": True})
+    )
+    assert asked > plain
 
 
 def test_the_figures_of_an_evaluation():

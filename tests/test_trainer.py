@@ -10,8 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
+from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer, callbacks
+from dgrpo.evaluate import Evaluation
 from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.tasks import TASKS
 from dgrpo.trainers.data import without_long_prompts
 from dgrpo.views import MaskedViews
 
@@ -500,3 +502,17 @@ def test_trl_has_the_methods_that_are_overridden():
     ]  # fmt: skip
     assert "return logps, entropies, aux_loss" in inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
     assert "return completion_ids, logprobs" in inspect.getsource(GRPOTrainer._generate_single_turn)
+
+
+def test_held_out_prompts_are_put_as_the_training_prompts_are(trainer, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(*args, template_settings, **settings):
+        seen.update(template_settings)
+        return Evaluation([""], [True], [False], [1], 1.0, 1)
+
+    monkeypatch.setattr(callbacks, "evaluate", spy)
+    run = trainer(chat_template_kwargs={"enable_thinking": False})
+    metrics = callbacks.MetricsFile(tmp_path / "metrics.csv")
+    callbacks.HeldOutEvaluation(run, TASKS["gsm8k"], Dataset.from_list([{"prompt": "a"}]), 0, metrics).measure()
+    assert seen == {"enable_thinking": False}

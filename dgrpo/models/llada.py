@@ -98,18 +98,17 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, [1 or B, 1, L, head_dim] float32."""
+    """Factors of `rotate`, [1 or B, 1, L, head_dim] float32: cosines, and sines with their first half negated."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids.float()[:, None, :, None] * (1 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` [B, heads, L, head_dim] turned by its position's angles, computed in float32."""
     wide = x.float()
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    return (wide * cos + wide.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def eager_attention(
