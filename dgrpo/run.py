@@ -25,11 +25,9 @@ from dgrpo.models.loading import family_of
 from dgrpo.report import write_curves, write_report
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.checkpoints import last_complete_checkpoint, refuse_to_mix_runs
+from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
-
-logger = logging.get_logger(__name__)
 
 CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
 
@@ -96,6 +94,11 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
     *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if rest:
         raise ValueError(f"unknown arguments {rest}. `--help` lists the settings.")
+    if checkpoint := next((c.resume_from_checkpoint for c in configs if hasattr(c, "resume_from_checkpoint")), None):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is not read; --resume true goes on from the newest whole "
+            "checkpoint in output_dir."
+        )
     return tuple(configs)
 
 
@@ -189,10 +192,7 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     if trainer.accelerator.is_main_process:
         _write_config(output_dir, recipe, args, model_name)
     started, cpu_started = time.perf_counter(), time.process_time()
-    checkpoint = last_complete_checkpoint(output_dir) if recipe.resume else None
-    if recipe.resume and checkpoint is None:
-        logger.warning(f"resume=True: {output_dir} holds no whole checkpoint; the run starts from the beginning.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(output_dir, recipe.resume))
     wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     trainer.save_model()
     metrics.flush()

@@ -19,6 +19,7 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
+from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
 from dgrpo.trainers.sft import from_s1k
 
 
@@ -31,6 +32,7 @@ class SFTRecipeConfig:
     )
     num_examples: int = field(default=2048, metadata={"help": "Generated examples when the dataset is 'embedded'."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
     convert: str | None = field(
         default=None,
         metadata={"help": "'bidirectional': read a causal Qwen2, Qwen3 or Llama checkpoint in both directions."},
@@ -43,6 +45,8 @@ class SFTRecipeConfig:
 
 def main() -> None:
     recipe, args, model_config = parse_recipe(__file__, SFTRecipeConfig, MaskedSFTConfig, ModelConfig)
+    if not recipe.resume:
+        refuse_to_mix_runs(args.output_dir)
     if recipe.dataset == EMBEDDED:
         rows = problems.sft_examples(recipe.num_examples, args.seed)
     else:
@@ -55,7 +59,7 @@ def main() -> None:
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     trainer = MaskedSFTTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(args.output_dir, recipe.resume))
     trainer.save_model()
 
 

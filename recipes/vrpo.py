@@ -18,6 +18,7 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
+from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
 
 
 @dataclass
@@ -30,6 +31,7 @@ class VRPORecipeConfig:
     num_examples: int = field(default=1024, metadata={"help": "Generated pairs when the dataset is 'embedded'."})
     num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems when it is; 0: none."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
 
 
 def accuracy(model, tokenizer, num_problems: int) -> str:
@@ -40,6 +42,8 @@ def accuracy(model, tokenizer, num_problems: int) -> str:
 
 def main() -> None:
     recipe, args, model_config = parse_recipe(__file__, VRPORecipeConfig, VRPOConfig, ModelConfig)
+    if not recipe.resume:
+        refuse_to_mix_runs(args.output_dir)
     embedded = recipe.dataset == EMBEDDED
     rows = problems.preferences(recipe.num_examples, args.seed) if embedded else read_rows(recipe.dataset, "train")
     model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
@@ -48,7 +52,7 @@ def main() -> None:
     trainer = VRPOTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
     evaluated = embedded and recipe.num_eval_problems and trainer.is_world_process_zero()
     before = accuracy(model, tokenizer, recipe.num_eval_problems) if evaluated else ""
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(args.output_dir, recipe.resume))
     trainer.save_model()
     if evaluated:
         print(f"before: {before}\nafter:  {accuracy(model, tokenizer, recipe.num_eval_problems)}")

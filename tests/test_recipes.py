@@ -68,6 +68,8 @@ def test_unknown_settings_are_refused(tmp_path):
         parse_recipe(str(RECIPE), argv=["--config", str(config)])
     with pytest.raises(ValueError, match="--blok_length"):
         parse_recipe(str(RECIPE), argv=["--blok_length", "3"])
+    with pytest.raises(ValueError, match="--resume true"):
+        parse_recipe(str(RECIPE), argv=["--resume_from_checkpoint", "runs/gsm8k/checkpoint-8"])
 
 
 def test_a_preset_is_laid_over_the_recipe(tmp_path):

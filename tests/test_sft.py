@@ -3,12 +3,23 @@
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.trainers import checkpoints
+from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
 from dgrpo.views import stream
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
 
 
 @pytest.fixture
@@ -127,3 +138,38 @@ def test_it_fits_two_rows(trainer, model):
     batch = run._collate([run.train_dataset[0], run.train_dataset[1]])
     final = sum(run.compute_loss(model, batch).item() for _ in range(20)) / 20
     assert final < 0.2, losses
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(tiny_llada, tokenizer, tmp_path):
+    def run(folder: str, stop: int | None = None, **settings) -> dict[str, torch.Tensor]:
+        args = MaskedSFTConfig(
+            output_dir=str(tmp_path / folder), per_device_train_batch_size=1, max_steps=6, learning_rate=1e-2,
+            use_cpu=True, report_to="none", disable_tqdm=True, save_steps=2,
+        )  # fmt: skip
+        callbacks = [StopAt(stop)] if stop else []
+        rows = Dataset.from_list(ROWS)
+        trainer = MaskedSFTTrainer(tiny_llada(), args, rows, processing_class=tokenizer, callbacks=callbacks)
+        trainer.train(**settings)
+        return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+    straight = run("straight")
+    run("cut", stop=4)
+    # What a kill leaves of a checkpoint that was being written.
+    (tmp_path / "cut/unfinished/checkpoint-6").mkdir(parents=True)
+    resumed = run("cut", resume_from_checkpoint=checkpoint_to_go_on_from(tmp_path / "cut", resume=True))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert [path.name for path in whole_checkpoints(tmp_path / "cut")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    assert not (tmp_path / "cut/unfinished").exists()
+
+
+def test_no_checkpoint_to_go_on_from_is_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(checkpoints.logger, "warning", told.append)
+    assert checkpoint_to_go_on_from(tmp_path, resume=False) is None
+    assert not told
+    assert checkpoint_to_go_on_from(tmp_path, resume=True) is None
+    assert "starts from the beginning" in told[0]

@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Where a checkpoint is written before it is whole, inside the run's folder; what a kill leaves there is never read.
 UNFINISHED = "unfinished"
@@ -38,6 +41,15 @@ def refuse_to_mix_runs(output_dir: str | Path) -> None:
             f"output_dir={str(output_dir)!r} holds {whole[-1].name} of an earlier run: --resume true goes on with it; "
             "for a new run choose another folder, or delete this one."
         )
+
+
+def checkpoint_to_go_on_from(output_dir: str | Path, resume: bool) -> str | None:
+    """The newest whole checkpoint where a run is to be resumed; None, with a warning, where there is none."""
+    if not resume:
+        return None
+    if (checkpoint := last_complete_checkpoint(output_dir)) is None:
+        logger.warning(f"resume=True: {output_dir} holds no whole checkpoint; the run starts from the beginning.")
+    return checkpoint
 
 
 def _write_through(path: Path) -> None:

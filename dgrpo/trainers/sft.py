@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from dgrpo.logprobs import scoring_pass
+from dgrpo.trainers.checkpoints import WholeCheckpoints
 from dgrpo.views import stream
 
 logger = logging.get_logger(__name__)
@@ -85,12 +86,12 @@ def fitting(encoded, max_length: int, prefixes: tuple[str, ...] = ("",)):
     return kept
 
 
-class MaskedSFTTrainer(Trainer):
+class MaskedSFTTrainer(WholeCheckpoints, Trainer):
     """Trainer whose loss is -(1/t) sum over hidden completion tokens of log p / number of completion tokens.
 
     Each row draws t ~ U(0, 1], stratified over the batch, and hides each completion token with probability t. The
     masks are a function of (seed, step, micro-batch, process): evaluation and resuming do not disturb them. Padding is
-    neither attended nor trained.
+    neither attended nor trained. Checkpoints are written aside and renamed when they are whole.
     """
 
     def __init__(self, model, args: MaskedSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
