@@ -55,12 +55,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 }
 TAUGHT: dict[str, dict[str, Any]] = {
     "as the recipe": {},
-    "temperature 0.3": {"temperature": 0.3},
     "temperature 1.5": {"temperature": 1.5},
     "random remasking": {"remasking": "random"},
     "8 steps": {"diffusion_steps": 8},
     "groups of 16": {"num_generations": 16},
-    "groups of 4": {"num_generations": 4},
 }
 TRAINING = {"per_device_train_batch_size": 64, "log_kl": False, "warmup_steps": 4, "num_eval_problems": 512}
 

@@ -30,7 +30,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "rollouts": 12,
         "seconds": 40.0,
-        "at_most": 120.0,
+        "at_most": 60.0,
         "learning_rates": (3e-4, 1e-3, 3e-3),
         "settings": {"per_device_train_batch_size": 64, "log_kl": False},
     },
