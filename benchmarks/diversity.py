@@ -60,7 +60,7 @@ TAUGHT: dict[str, dict[str, Any]] = {
     "8 steps": {"diffusion_steps": 8},
     "groups of 16": {"num_generations": 16},
 }
-TRAINING = {"per_device_train_batch_size": 64, "log_kl": False, "warmup_steps": 4, "num_eval_problems": 512}
+TRAINING = {"per_device_train_batch_size": 64, "log_kl": False, "warmup_steps": 4, "num_eval_problems": 256}
 
 
 @dataclass(frozen=True)

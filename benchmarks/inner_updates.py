@@ -28,7 +28,7 @@ SETTINGS = {
     "log_kl": False,
     "learning_rate": 1e-3,
     "warmup_steps": 4,
-    "num_eval_problems": 512,
+    "num_eval_problems": 256,
 }
 
 
