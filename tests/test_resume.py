@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from stopping import StopAt
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
@@ -22,14 +23,6 @@ PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 
 def share_of_b(prompts, completions, **columns) -> list[float]:
     return [completion.split().count("b") / 6 for completion in completions]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
 
 
 @pytest.fixture

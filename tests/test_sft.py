@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from stopping import StopAt
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.trainers import checkpoints
@@ -12,14 +12,6 @@ from dgrpo.trainers.sft import encode, from_s1k
 from dgrpo.views import stream
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
 
 
 @pytest.fixture
