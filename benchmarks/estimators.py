@@ -37,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "sudoku": {
         "rollouts": 6,
         "seconds": 45.0,
-        "at_most": 90.0,
+        "at_most": 70.0,
         "learning_rates": (2.5e-5, 8e-5, 2.5e-4),
         "settings": {"per_device_train_batch_size": 512},
     },
