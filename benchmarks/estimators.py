@@ -108,7 +108,7 @@ def draw(path: Path, found: dict[str, dict[str, list[dict]]]) -> None:
     """A panel for each task and budget: mean and range of each preset, the start as a line."""
     figure = Figure(figsize=(10.4, 7.2), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-    axes = figure.subplots(len(found), 2, squeeze=False)
+    axes = figure.subplots(len(found), 2, squeeze=False, sharex="row")
     for row, (task, finals) in zip(axes, found.items(), strict=True):
         start = accuracy(next(iter(finals.values()))[0]["points"][0])
         rollouts, seconds = TASKS[task]["rollouts"], TASKS[task]["seconds"]
@@ -129,7 +129,6 @@ def draw(path: Path, found: dict[str, dict[str, list[dict]]]) -> None:
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.spines["bottom"].set_color(GRID)
             axis.tick_params(colors=MUTED, labelsize=9, length=0)
-            axis.set_xlim(left=0)
     for axis in axes[-1]:
         axis.set_xlabel("held-out problems right, %; dashed: before", fontsize=9, color=MUTED, loc="right")
     figure.savefig(path, dpi=130)
