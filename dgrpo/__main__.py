@@ -50,11 +50,14 @@ def watch(arguments: argparse.Namespace) -> None:
     from dgrpo.models import load_model
     from dgrpo.player import load_rollout, play, save_rollout
     from dgrpo.player_export import write_gif, write_html
-    from dgrpo.run import CHECKPOINTS
+    from dgrpo.run import CHECKPOINTS, one_thread_unless_told
     from dgrpo.sampling import SamplerConfig, generate
     from dgrpo.tasks import EMBEDDED, prompt_messages
 
-    name = str(CHECKPOINTS / "gsm8k") if arguments.model == EMBEDDED else arguments.model
+    name = arguments.model
+    if name == EMBEDDED:
+        one_thread_unless_told()
+        name = str(CHECKPOINTS / "gsm8k")
     model, tokenizer = load_model(name, arguments.dtype, adapter=arguments.adapter)
     model.to(arguments.device)
     if arguments.rollout:
@@ -95,7 +98,7 @@ def report(arguments: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of everything that is not read by a recipe itself."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("dgrpo", description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser("dgrpo", allow_abbrev=False, description=__doc__, formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     training = commands.add_parser(
@@ -107,9 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("evaluate", help="accuracy of checkpoints, of adapters, or of stored texts", add_help=False)
 
-    watching = commands.add_parser("watch", help="watch a model denoise an answer")
+    watching = commands.add_parser("watch", allow_abbrev=False, help="watch a model denoise an answer")
     watching.add_argument(
-        "prompt", nargs="?", default="Tom has 5 pens, buys 4 more and gives away 2. How many pens are left?"
+        "prompt", nargs="?", default="Sue has 3 nuts, buys 12 more and gives away 11. How many nuts are left?"
     )
     watching.add_argument("--model", default="embedded", help="hub name or folder; 'embedded': the tiny model")
     watching.add_argument("--adapter", help="a trained adapter to put on top")

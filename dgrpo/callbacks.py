@@ -29,6 +29,11 @@ _SHOWN = {
 }
 
 
+# Logged at every update. A line stands for a rollout and shows their mean since the line before: at a rollout's first
+# update the policy is still the one that sampled.
+_OF_UPDATES = ("kl", "clip_ratio/region_mean", "entropy")
+
+
 def metrics_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
     """One readable line of what matters in `logs`."""
     shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in _SHOWN.items() if logs.get(key) is not None]
@@ -41,14 +46,22 @@ class ProgressLine(ProgressCallback):
     def __init__(self, trainer: DiffuGRPOTrainer, sample_every: int = 0):
         super().__init__()
         self.trainer, self.sample_every, self.rollouts = trainer, sample_every, 0
+        self.of_updates: dict[str, list[float]] = {}
 
     def write(self, text: str) -> None:
         (self.training_bar or tqdm).write(text)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "reward" not in (logs or {}):
+        if not state.is_world_process_zero or not logs:
             return
-        self.write(metrics_line(state.global_step, state.max_steps, logs))
+        for name in _OF_UPDATES:
+            if name in logs:
+                self.of_updates.setdefault(name, []).append(logs[name])
+        if "reward" not in logs:
+            return
+        means = {name: sum(values) / len(values) for name, values in self.of_updates.items()}
+        self.of_updates = {}
+        self.write(metrics_line(state.global_step, state.max_steps, logs | means))
         self.rollouts += 1
         if self.sample_every and self.rollouts % self.sample_every == 1 and self.trainer.logged_completions:
             prompt, completion, advantage = self.trainer.logged_completions[0]

@@ -61,10 +61,11 @@ def kinds_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     differing = [key for key in settings if len({group[0].config.get(key) for group in groups}) > 1]
     kinds = {}
     for group in groups:
-        parts = [f"{key}={group[0].config.get(key, 'unset')}" for key in differing[:3]]
+        parts = [f"{key}={group[0].config.get(key, 'unset')}" for key in differing]
         name = printable(", ".join(parts)) if parts else str(group[0].summary.get("task", group[0].name))
-        if len(differing) > 3:
-            name += f" ({group[0].name})"
+        # A legend has room for a few words: many or long differences are in the folders' configurations.
+        if len(differing) > 3 or len(name) > 60:
+            name = group[0].name
         kinds[f"{name}, {len(group)} seeds" if len(group) > 1 else name] = group
     return kinds
 
@@ -128,5 +129,6 @@ def compare(
     kinds = kinds_of([read_run(run_dir) for run_dir in run_dirs])
     (console or Console()).print(compare_table(kinds))
     if png is not None:
+        (console or Console()).print(f"Curves: {png}", highlight=False)
         draw_curves(png, {kind: [run.metrics for run in runs] for kind, runs in kinds.items()})
     return kinds

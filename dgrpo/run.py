@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
@@ -25,7 +26,7 @@ from dgrpo.models.loading import family_of
 from dgrpo.report import write_curves, write_report
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
+from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, move_earlier_run_aside, refuse_to_mix_runs
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
 
@@ -84,7 +85,8 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
         if not isinstance(loaded, dict):
             raise ValueError(f"config={file!r}: must be a YAML mapping of settings.")
         settings |= loaded
-    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig))
+    # Without abbreviations: `--learning_rat 1` must be refused, not read as the learning rate.
+    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig), allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(settings) - known):
         raise ValueError(
@@ -119,10 +121,17 @@ def embedded_checkpoint(task: Task) -> Path:
     return own if own.is_dir() else CHECKPOINTS / "gsm8k"
 
 
+def one_thread_unless_told() -> None:
+    """For the embedded models: several threads take longer over them than one, several times on a busy machine."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig):
     """Model, tokenizer and LoRA settings (None when fine-tuning in full or going on with an adapter)."""
     if model_config.model_name_or_path in (None, EMBEDDED):
         model_config.model_name_or_path = str(embedded_checkpoint(task))
+        one_thread_unless_told()
     name = model_config.model_name_or_path
     convert = getattr(recipe, "convert", None)
     family = family_of(name, model_config.model_revision, convert=convert)
@@ -157,6 +166,7 @@ def main(task: Task, recipe_file: str) -> None:
     recipe, args, model_config = parse_recipe(recipe_file)
     if not recipe.resume:
         refuse_to_mix_runs(args.output_dir)
+        move_earlier_run_aside(args.output_dir)
     train_rows, held_out = load_rows(
         task,
         recipe.dataset,
@@ -255,10 +265,12 @@ def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
         )
     console.print()
     console.print(table)
-    ceiling = summary["before"]["accuracy_where_it_reasons"]
-    if ceiling is not None:
+    before = summary["before"]
+    where_it_reasons = before["accuracy_where_it_reasons"]
+    if where_it_reasons is not None:
         console.print(
-            f"Before training, {ceiling:.1%} of the answers were right where the model reasoned: the ceiling."
+            f"Before training, the model showed its reasoning on {round(before['reasons'] * before['n'])} of "
+            f"{before['n']} problems; {where_it_reasons:.1%} of those answers were right."
         )
     console.print(
         f"{summary['steps']} updates in {summary['wall_seconds']:.0f} s ({summary['cpu_seconds']:.0f} CPU-s); "

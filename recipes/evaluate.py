@@ -23,7 +23,7 @@ from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation_report import show_results, stored_result, write_results
 from dgrpo.grading import grade_setups, infer_task
 from dgrpo.grading_d1 import D1
-from dgrpo.run import embedded_checkpoint
+from dgrpo.run import embedded_checkpoint, one_thread_unless_told
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 
@@ -75,6 +75,8 @@ def grade_models(arguments: argparse.Namespace) -> None:
     embedded_folder = embedded_checkpoint(task)
     chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)
     embedded = all(checkpoint.model == str(embedded_folder) for checkpoint in chosen)
+    if embedded:
+        one_thread_unless_told()
     configs = samplers(arguments, task, embedded)
     undivided = task.held_out_split is None and arguments.dataset is None
     _, held_out = load_rows(
@@ -115,7 +117,9 @@ def grade_models(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--generations", nargs="+", help="Stored generations to grade, without a model.")
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="Default: both, where d1 has the task.")
     parser.add_argument("--disagreements", action="store_true", help="Where the protocols differ on them, and why.")

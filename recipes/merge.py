@@ -12,7 +12,9 @@ from dgrpo.models.merge import merge_adapters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapter", action="append", default=[], help="Adapter folder; may be given several times.")
     parser.add_argument("--base", help="Base model; default: what the first adapter was trained on.")
     parser.add_argument("--output_dir", required=True)

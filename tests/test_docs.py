@@ -306,7 +306,7 @@ def test_readme_reward_trains_and_an_exception_in_it_does_not_end_the_run(tmp_pa
         sys.executable, str(ROOT / "recipes/gsm8k.py"), "--max_steps", "3", "--num_iterations", "1",
         "--per_device_train_batch_size", "16", "--num_eval_problems", "16", "--evaluate_every", "0",
         "--output_dir", str(tmp_path / "run"),
-        "--reward_funcs", "my_rewards:short_reasoning", "my_rewards:moody", "--reward_weights", "1", "1",
+        "--reward_funcs", "my_rewards:at_once", "my_rewards:moody", "--reward_weights", "1", "1",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

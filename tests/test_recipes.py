@@ -68,6 +68,8 @@ def test_unknown_settings_are_refused(tmp_path):
         parse_recipe(str(RECIPE), argv=["--config", str(config)])
     with pytest.raises(ValueError, match="--blok_length"):
         parse_recipe(str(RECIPE), argv=["--blok_length", "3"])
+    with pytest.raises(ValueError, match="learning_rat"):
+        parse_recipe(str(RECIPE), argv=["--learning_rat", "1"])
     with pytest.raises(ValueError, match="--resume true"):
         parse_recipe(str(RECIPE), argv=["--resume_from_checkpoint", "runs/gsm8k/checkpoint-8"])
 
@@ -93,7 +95,7 @@ def test_the_main_job_writes_what_it_promises(tmp_path):
     for name in ("curves.png", "report.html", "adapter_model.safetensors", "samples.json", "config.yaml"):
         assert (tmp_path / name).stat().st_size > 0, name
     assert list(tmp_path.rglob("events.out.tfevents*"))
-    for word in ("reward", "reasons", "length", "before", "after", "ceiling"):
+    for word in ("reward", "reasons", "length", "before", "after", "showed its reasoning on"):
         assert word in output
 
 

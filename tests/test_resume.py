@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.callbacks import MetricsFile
+from dgrpo.callbacks import MetricsFile, ProgressLine
 from dgrpo.estimators import ESTIMATORS
-from dgrpo.trainers.checkpoints import last_complete_checkpoint
+from dgrpo.trainers.checkpoints import last_complete_checkpoint, move_earlier_run_aside
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 
@@ -216,3 +216,28 @@ def test_another_number_of_processes_is_refused(build, tmp_path):
     torch.save(state | {"num_processes": 2}, path)
     with pytest.raises(ValueError, match="comes from 2 processes, this run has 1"):
         build("cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+
+
+def test_an_earlier_run_without_checkpoints_is_moved_aside(tmp_path):
+    run = tmp_path / "run"
+    assert move_earlier_run_aside(run) is None
+    for number in (1, 2):
+        run.mkdir()
+        (run / "summary.json").write_text(str(number))
+        assert move_earlier_run_aside(run) == tmp_path / f"run.{number}"
+    assert [(tmp_path / f"run.{number}/summary.json").read_text() for number in (1, 2)] == ["1", "2"]
+    assert not run.exists()
+    run.mkdir()
+    (run / "notes.txt").write_text("not a run")
+    assert move_earlier_run_aside(run) is None
+
+
+def test_a_line_of_progress_shows_the_mean_over_a_rollouts_updates():
+    lines = []
+    progress = ProgressLine(trainer=None)
+    progress.write = lines.append
+    state = TrainerState(max_steps=8)
+    for step, clipped in enumerate([0.0, 0.04, 0.08, 0.0]):
+        logs = {"clip_ratio/region_mean": clipped} | ({"reward": 0.5} if step % 3 == 0 else {})
+        progress.on_log(None, state, None, logs=logs)
+    assert [line.split("clipped ")[1] for line in lines] == ["0.0%", "4.0%"]

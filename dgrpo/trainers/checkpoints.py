@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -41,6 +43,21 @@ def refuse_to_mix_runs(output_dir: str | Path) -> None:
             f"output_dir={str(output_dir)!r} holds {whole[-1].name} of an earlier run: --resume true goes on with it; "
             "for a new run choose another folder, or delete this one."
         )
+
+
+def move_earlier_run_aside(output_dir: str | Path) -> Path | None:
+    """Renames the folder of an earlier run that left no checkpoint, or its report would show two runs as one.
+
+    `runs/gsm8k` becomes `runs/gsm8k.1`, or the next free number; that folder, or None where there was no run.
+    """
+    folder, state = Path(output_dir), PartialState()
+    moved = None
+    if state.is_main_process and any((folder / name).exists() for name in ("metrics.csv", "summary.json")):
+        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        moved = folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        logger.warning(f"output_dir={str(folder)!r} held an earlier run; it is in {moved} now.")
+    state.wait_for_everyone()
+    return moved
 
 
 def checkpoint_to_go_on_from(output_dir: str | Path, resume: bool) -> str | None:
