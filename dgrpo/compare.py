@@ -72,7 +72,7 @@ def kinds_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def compare_table(kinds: dict[str, list[Run]]) -> Table:
     """One line per run, kind by kind, and the mean of each kind that has several runs."""
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("run", "task", "model"):
         table.add_column(name, overflow="fold")
     for name in ("seed", "before", "after", "gain", "steps", "wall"):
