@@ -131,7 +131,7 @@ function timeChart(parent, time, steps) {
   const all = totals.reduce((sum, value) => sum + value, 0) || 1;
   const phases = time.phases.map((phase, k) => ({ ...phase, legend: `${phase.name} ${Math.round((100 * totals[k]) / all)} %` }));
   const heights = time.from.map((_, k) => phases.reduce((sum, phase) => sum + phase.values[k], 0));
-  const card = frame(parent, { title: "Seconds per step", unit: "", legend: true }, phases, numeral(all / time.from.length));
+  const card = frame(parent, { title: "Seconds per step", unit: "evaluations aside", legend: true }, phases, numeral(all / time.from.length));
   const width = Math.max(200, card.clientWidth - 28);
   const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": "Seconds per step" });
   const { x, y, left } = axes(svg, width, 0, (Math.max(...heights) || 1) * 1.06, steps, "s");
