@@ -109,7 +109,7 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
     if rewards := [value for _, value in metrics.get("reward", [])]:
         tenth = max(1, len(rewards) // 10)
         first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
-        shown.append({"label": "Reward", "value": f"{last:.3g}", "remark": f"last tenth of the run; first: {first:.3g}"})
+        shown.append({"label": "Reward", "value": f"{last:.3g}", "remark": f"last tenth; the first: {first:.3g}"})
     steps = summary.get("steps") or max((points[-1][0] for points in metrics.values()), default=None)
     if steps is not None:
         shown.append({"label": "Steps", "value": f"{steps:,}", "remark": ""})
