@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -170,6 +170,16 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, quantization_config, dt
     )
 
 
+def adapter_settings(adapter: str | Path) -> PeftConfig:
+    """The adapter's own configuration, which names its base model; ValueError where there is no adapter."""
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"adapter={str(adapter)!r}: no adapter_config.json, neither in a folder of this name nor on the hub."
+        ) from error
+
+
 def put_adapter(model: PreTrainedModel, adapter: str, *, is_trainable: bool = True) -> PeftModel:
     """The model with a saved PEFT adapter on top; ValueError where their names do not match one to one."""
     wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
@@ -208,6 +218,8 @@ def load_model(
     mask token. Saved with its tokenizer, the result loads again without this.
     """
     name_or_path = str(name_or_path)
+    if adapter is not None:
+        adapter_settings(adapter)  # before the time that loading a model takes
     quantization_config = quantization(load_in_4bit, load_in_8bit, quantization_config, dtype)
     family = family_of(name_or_path, revision, convert=convert)
     config = load_config(name_or_path, revision, convert=convert)

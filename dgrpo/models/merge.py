@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dgrpo.models.loading import load_model, put_adapter
+from dgrpo.models.loading import adapter_settings, load_model, put_adapter
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INDEX = "model.safetensors.index.json"
@@ -66,7 +65,7 @@ def _base_of(adapters: list) -> str:
     """The model that the first adapter was trained on; ValueError if others were trained on the same."""
     if not adapters:
         raise ValueError("base=None: without an adapter, say which model to write.")
-    base, *others = (PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path for adapter in adapters)
+    base, *others = (adapter_settings(adapter).base_model_name_or_path for adapter in adapters)
     if base in others:
         again = str(adapters[1 + others.index(base)])
         raise ValueError(
