@@ -55,7 +55,8 @@ class ProgressLine(ProgressCallback):
         if not state.is_world_process_zero or not logs:
             return
         for name in _OF_UPDATES:
-            if name in logs:
+            # None where every row of the batch was skipped.
+            if logs.get(name) is not None:
                 self.of_updates.setdefault(name, []).append(logs[name])
         if "reward" not in logs:
             return
