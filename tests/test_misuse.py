@@ -161,8 +161,8 @@ def test_a_models_name_is_no_model(config):
 
 
 @pytest.mark.slow
-def test_another_version_of_trl_is_told_at_import():
-    code = "import trl; trl.__version__ = '1.17.0'\nimport dgrpo"
+def test_another_version_of_trl_is_told_when_a_trainer_is_imported():
+    code = "import trl; trl.__version__ = '1.17.0'\nfrom dgrpo import DiffuGRPOConfig"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "private methods of trl 1.16, not of 1.17.0: pip install 'trl>=1.16,<1.17'" in done.stderr
