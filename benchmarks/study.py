@@ -54,7 +54,7 @@ class Measure(TrainerCallback):
     def __init__(self, run: Run, trainer: DiffuGRPOTrainer, rows: list[dict], sampler):
         self.run, self.trainer, self.rows, self.sampler = run, trainer, rows, sampler
         self.points: list[dict[str, Any]] = []
-        self.spent = 0.0
+        self.spent = self.since = 0.0
 
     def measure(self, state) -> None:
         self.spent += time.process_time() - self.since

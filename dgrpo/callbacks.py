@@ -181,10 +181,17 @@ class HeldOutEvaluation(TrainerCallback):
             stored.write_text(json.dumps(asdict(self.before)))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if state.global_step >= state.max_steps:
+            # Not when training has ended: by then trackio has closed its run.
+            self._measure_the_end()
+        elif self.every and state.global_step % self.every == 0:
             self._keep_if_best(self.measure().accuracy)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.after is None:
+            self._measure_the_end()
+
+    def _measure_the_end(self) -> None:
         self.after = self.measure()
         if self.every:
             self._keep_if_best(self.after.accuracy)

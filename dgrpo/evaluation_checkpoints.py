@@ -35,7 +35,7 @@ class Checkpoint:
 def checkpoints(models: Sequence[str], adapters: Sequence[str], embedded: Path) -> list[Checkpoint]:
     """The models, or the adapters on the one model: the given one, else the one that each was trained on.
 
-    The adapter "none" is the model as it is. Without a model the embedded checkpoint is meant.
+    The adapter "none" is the model as it is, in tables "base". Without a model the embedded checkpoint is meant.
     """
     if len(models) > 1 and adapters:
         raise ValueError(f"model={list(models)}: adapters go on one model; evaluate the models by themselves.")
@@ -47,7 +47,7 @@ def checkpoints(models: Sequence[str], adapters: Sequence[str], embedded: Path) 
                 pairs.append((models[0] if models else str(embedded), None))
             else:
                 pairs.append((models[0] if models else _base_of(adapter, embedded), adapter))
-    names = labels([adapter or model for model, adapter in pairs])
+    names = labels([adapter or ("base" if adapters else model) for model, adapter in pairs])
     return [Checkpoint(name, *pair) for name, pair in zip(names, pairs, strict=True)]
 
 

@@ -6,6 +6,7 @@ detached scalars. Ratios to the old policy are those of whole sequences, taken p
 Shapes: B rollouts, N views of each, C completion tokens, V vocabulary.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +23,8 @@ class ObjectiveInputs:
 
     logps_per_view: Tensor  # [B, N, C] log p(token | picture) of the current policy, with gradient; 0 where not scored
     weights: Tensor  # [B, N, C]
-    old_logps: (
-        Tensor | None
-    )  # [B, C] the weighted sum over views under the rollout's policy; None: it is the current one
+    # [B, C] the weighted sum over views under the rollout's policy; None: it is the current one, or not asked for.
+    old_logps: Tensor | None
     ref_logps: Tensor | None  # [B, C] the same under the reference policy
     advantages: Tensor  # [B]
     completion_mask: Tensor  # [B, C] bool
@@ -153,7 +153,8 @@ def stable_drl(
     """Self-normalised, always clipped importance weights: mean over groups of -sum_i w_i A_i bound_i.
 
     StableDRL (arXiv:2603.06743): w = softmax within the group of min(log r_i, log `clip`), without gradient, r_i the
-    ratio per token of new to old policy; clipped whatever the sign of A_i. bound_i is SPG's.
+    ratio per token of new to old policy; clipped whatever the sign of A_i (the published code takes the softmax over
+    the micro-batch). bound_i is SPG's.
     """
     if clip <= 0:
         raise ValueError(f"clip={clip}: the largest importance weight must be positive.")
@@ -184,7 +185,8 @@ def espo(
 
     ESPO (arXiv:2512.03759): r_i = exp((B_new - B_old) / L_i) with B the ELBO; `kl` is a form of KL_FORMS on B_new and
     B_ref before the division by L_i (published: k2). TRL's importance_sampling_level="sequence" has the same ratio but
-    its KL is k3 per token.
+    its KL is k3 per token. L_i counts the tokens up to the end of text, as B does; the published code sums and divides
+    over the whole canvas, which there weakens the ratio of short answers.
     """
     if kl not in KL_FORMS:
         raise ValueError(f"kl={kl!r}: choose one of {', '.join(KL_FORMS)}.")
@@ -213,8 +215,11 @@ OBJECTIVES: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {
 # These weigh a rollout against the others of its prompt: a micro-batch must hold whole groups.
 NEEDS_WHOLE_GROUPS = ("wd1", "stable_drl")
 
+# These have no ratio: the policy that sampled need not be scored.
+WITHOUT_RATIO = ("wd1", "spg")
+
 # Their views are independent draws of one integral: a token's weighted terms make sense only once summed.
-_DRAWS = ("elbo", "quadrature", "block_random")
+DRAWS = ("elbo", "quadrature", "block_random")
 
 
 def check_combination(
@@ -227,12 +232,14 @@ def check_combination(
     """
     if objective is not None and objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r}: choose one of {', '.join(OBJECTIVES)}.")
-    if objective in ("spg", "bgpo") and estimator not in _DRAWS:
+    if objective is not None and beta != 0 and "beta" not in inspect.signature(OBJECTIVES[objective]).parameters:
+        raise ValueError(f"beta={beta} with objective={objective!r}: it has no KL term; set beta to 0.")
+    if objective in ("spg", "bgpo") and estimator not in DRAWS:
         raise ValueError(
             f"estimator={estimator!r} with objective={objective!r}: its bound averages over draws of the same tokens; "
-            f"choose {', '.join(_DRAWS)}."
+            f"choose {', '.join(DRAWS)}."
         )
-    if objective is not None or estimator not in _DRAWS:
+    if objective is not None or estimator not in DRAWS:
         return
     if importance_sampling_level != "sequence":
         raise ValueError(

@@ -1,10 +1,13 @@
-"""Small fixtures: a tiny random LLaDA, its tokenizer, and a rollout of two prompts."""
+"""Small fixtures: a tiny random LLaDA, its tokenizer, a rollout of two prompts, and a trainer."""
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.sampling import Rollout
 
@@ -78,3 +81,71 @@ def rollout(prompts) -> Rollout:
         num_forwards=num_completion,
         num_steps=num_completion,
     )
+
+
+PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o", "p q", "r s t", "u a"]
+
+
+def share_of_b(prompts, completions, **columns) -> list[float]:
+    return [completion.split().count("b") / 6 for completion in completions]
+
+
+def lora(dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=r".*blocks.*(q_proj|v_proj|ff_out)",
+        init_lora_weights=False,
+    )
+
+
+def place_in_group(prompts, completions, **columns) -> list[float]:
+    """A reward that every group of four disagrees on, whatever it wrote."""
+    return [index % 4 / 4 for index in range(len(prompts))]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A function (**settings) -> DiffuGRPOConfig: groups of 4, two of them a micro-batch, canvas of 6 tokens."""
+
+    def build(**settings) -> DiffuGRPOConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "block_length": 3,
+            "diffusion_steps": 6,
+            "num_iterations": 2,
+            "beta": 0.0,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return DiffuGRPOConfig(**(defaults | settings))
+
+    return build
+
+
+@pytest.fixture
+def trainer(model, tokenizer, config):
+    """A function (reward, lora, **settings) -> DiffuGRPOTrainer on eight prompts."""
+
+    def build(reward=share_of_b, lora=None, own_model=None, **settings) -> DiffuGRPOTrainer:
+        settings.setdefault("learning_rate", 1e-3)
+        return DiffuGRPOTrainer(
+            model=own_model or model,
+            processing_class=tokenizer,
+            args=config(**settings),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS, "letter": list("abcdefgh")}),
+            reward_funcs=reward,
+            peft_config=lora,
+        )
+
+    return build

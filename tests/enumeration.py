@@ -68,11 +68,14 @@ def elbo_law(num_completion, num_samples, lowest=1, highest=None):
     yield from uniform_counts(num_completion, counts, lambda count: num_completion / (num_samples * count))
 
 
-def complementary_law(num_completion):
+def complementary_law(num_completion, num_samples=1):
     size = num_completion + 1
-    for probability, [(hidden, _)] in uniform_counts(num_completion, [[count] for count in range(size)], lambda _: 0):
-        rest = tuple(k for k in range(num_completion) if k not in hidden)
-        yield probability, [(part, size / (2 * len(part)) if part else 0.0) for part in (hidden, rest)]
+    counts = [[(start + i * size // num_samples) % size for i in range(num_samples)] for start in range(size)]
+    for probability, drawn in uniform_counts(num_completion, counts, lambda _: 0):
+        pictures = [hidden for hidden, _ in drawn]
+        rests = [tuple(k for k in range(num_completion) if k not in hidden) for hidden in pictures]
+        scale = size / (2 * num_samples)
+        yield probability, [(part, scale / len(part) if part else 0.0) for part in pictures + rests]
 
 
 GAUSS = {
@@ -96,19 +99,30 @@ def one_step_law(num_completion, chance):
         yield probability, [(noise + tuple(range(num_completion)), 1.0)]
 
 
-def block_random_law(num_completion, length, block_length, chance):
-    """One view; blocks up to the end of text, the count over the whole block, what is earlier perturbed."""
-    open_blocks = range(-(-length // block_length))
-    for block, count in itertools.product(open_blocks, range(1, block_length + 1)):
-        start = block * block_length
-        later = tuple(range(start + block_length, num_completion))
+def block_pictures(num_completion, block, block_length, chance):
+    """The pictures of one block: a uniform count of its positions, all that is later, some of what is earlier."""
+    start = block * block_length
+    later = tuple(range(start + block_length, num_completion))
+    for count in range(1, block_length + 1):
         for part in itertools.combinations(range(start, start + block_length), count):
             for noise in subsets(range(-2, start)):
                 probability = chance ** len(noise) * (1 - chance) ** (start + 2 - len(noise))
-                probability /= len(open_blocks) * block_length * math.comb(block_length, count)
-                hidden = noise + part + later
-                num_hidden = sum(0 <= k < length for k in hidden)
-                yield probability, [(hidden, length / num_hidden if num_hidden else 0.0)]
+                yield probability / (block_length * math.comb(block_length, count)), noise + part + later
+
+
+def block_random_law(num_completion, length, block_length, chance, num_samples=1):
+    """Each view has a block of its own among those up to the end of text."""
+    orders = list(itertools.permutations(range(-(-length // block_length)), num_samples))
+    for blocks in orders:
+        choices = [list(block_pictures(num_completion, block, block_length, chance)) for block in blocks]
+        for picked in itertools.product(*choices):
+            probability = math.prod(each for each, _ in picked) / len(orders)
+            tokens = [sum(0 <= k < length for k in hidden) for _, hidden in picked]
+            scale = length / max(1, sum(count > 0 for count in tokens))
+            yield (
+                probability,
+                [(hidden, scale / count if count else 0.0) for (_, hidden), count in zip(picked, tokens, strict=True)],
+            )
 
 
 def coupled_law(num_completion):

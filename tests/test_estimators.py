@@ -70,6 +70,7 @@ LAWS = {
     ),
     "elbo, complementary": (4, 4, {"num_samples": 1, "complementary": True}, complementary_law(4)),
     "elbo, complementary, ended": (4, 3, {"num_samples": 1, "complementary": True}, complementary_law(4)),
+    "elbo, complementary, 2 pairs": (3, 3, {"num_samples": 2, "complementary": True}, complementary_law(3, 2)),
     "quadrature, 2 nodes": (3, 3, {"num_nodes": 2}, quadrature_law(3, 2)),
     "quadrature, 3 nodes": (2, 2, {"num_nodes": 3}, quadrature_law(2, 3)),
     "block_random": (
@@ -83,6 +84,18 @@ LAWS = {
         3,
         {"block_length": 2, "num_samples": 1, "p_mask_prompt": 0.3},
         block_random_law(6, 3, 2, 0.3),
+    ),
+    "block_random, 2 views": (
+        4,
+        4,
+        {"block_length": 2, "num_samples": 2, "p_mask_prompt": 0.5},
+        block_random_law(4, 4, 2, 0.5, 2),
+    ),
+    "block_random, 2 views, ended": (
+        4,
+        3,
+        {"block_length": 2, "num_samples": 2, "p_mask_prompt": 0.5},
+        block_random_law(4, 3, 2, 0.5, 2),
     ),
 }
 LAWS = {case: (*rest, list(law)) for case, (*rest, law) in LAWS.items()}
@@ -194,15 +207,30 @@ def quadrature_form(num_nodes: int):
     return lambda model, rollout: sum(w * at_ratio(order_scores(model, rollout), t) for t, w in GAUSS[num_nodes])
 
 
-def block_random_form(model, rollout):
+def block_chance(hidden: tuple[int, ...], block: int, num_completion: int, chance: float) -> float:
+    """The probability that a view of this block of 2 positions hides exactly `hidden`, of prompt and completion."""
+    start = 2 * block
+    part = sum(start <= k < start + 2 for k in hidden)
+    if not part or not set(range(start + 2, num_completion)) <= set(hidden):
+        return 0.0
+    earlier = [chance if k in hidden else 1 - chance for k in range(-2, start)]
+    # One of 2 counts; one position alone is either of two.
+    return math.prod(earlier) / 2 / (2 if part == 1 else 1)
+
+
+def block_random_form(chance: float):
     """The completion's length times the mean of log p over the hidden tokens."""
-    num_completion, length = rollout.completion_ids.shape[1], int(rollout.completion_mask[0].sum())
-    total = torch.zeros(())
-    for probability, [(hidden, _)] in block_random_law(num_completion, length, 2, 0.3):
-        tokens = [k for k in hidden if 0 <= k < length]
-        if tokens:
-            total = total + probability * length * raw_logps(model, rollout, hidden)[tokens].mean()
-    return total
+
+    def form(model, rollout):
+        num_completion, length = rollout.completion_ids.shape[1], int(rollout.completion_mask[0].sum())
+        blocks, total = range((length + 1) // 2), torch.zeros(())
+        for hidden in subsets(range(-2, num_completion)):
+            probability = sum(block_chance(hidden, block, num_completion, chance) for block in blocks) / len(blocks)
+            if probability and (tokens := [k for k in hidden if 0 <= k < length]):
+                total = total + probability * length * raw_logps(model, rollout, hidden)[tokens].mean()
+        return total
+
+    return form
 
 
 CLOSED_FORMS = {
@@ -215,12 +243,14 @@ CLOSED_FORMS = {
     "elbo, complementary, ended": mean_of_counts(1, 2, 3, 4),
     "quadrature, 2 nodes": quadrature_form(2),
     "quadrature, 3 nodes": quadrature_form(3),
-    "block_random": block_random_form,
-    "block_random, ended": block_random_form,
+    "elbo, complementary, 2 pairs": mean_of_counts(1, 2, 3),
+    "block_random": block_random_form(0.3),
+    "block_random, ended": block_random_form(0.3),
+    "block_random, 2 views": block_random_form(0.5),
 }
 
 
-@pytest.mark.parametrize("case", LAWS)
+@pytest.mark.parametrize("case", CLOSED_FORMS)
 def test_mean_score_and_its_gradient_equal_the_closed_form(six_words, case):
     num_completion, length, _, law = LAWS[case]
     rollout = rows_of(1, num_completion, length)
@@ -248,6 +278,23 @@ def test_quadrature_at_six_positions_is_the_quadrature_sum(six_words):
     rollout = rows_of(1, 6)
     score = law_score(six_words, rollout, quadrature_law(6, 2))
     assert_same_score_and_gradient(six_words, score, quadrature_form(2)(six_words, rollout))
+
+
+def test_quadrature_draws_at_six_positions_follow_the_law_of_each_node():
+    """Both views together have 4,096 pictures: each by itself, and that they are independent by their sizes."""
+    views = estimators.quadrature(rows_of(100_000, 6), generator=seeded(2), num_nodes=2).check()
+    pictures = views.hidden[..., 2:]
+    sizes = torch.tensor([pattern.bit_count() for pattern in range(2**6)])
+    chances = []
+    for number, (t, w) in enumerate(GAUSS[2]):
+        torch.testing.assert_close(views.weights[:, number], pictures[:, number] * torch.tensor(w / t).float())
+        assert_frequencies(
+            code(pictures[:, number : number + 1]).bincount(minlength=2**6), t**sizes * (1 - t) ** (6 - sizes)
+        )
+        chances.append(torch.tensor([math.comb(6, size) * t**size * (1 - t) ** (6 - size) for size in range(7)]))
+    both = pictures.sum(2).clamp(min=2, max=4) - 2
+    first, second = (torch.stack([each[:3].sum(), each[3], each[4:].sum()]) for each in chances)
+    assert_frequencies((both[:, 0] * 3 + both[:, 1]).bincount(minlength=9), (first[:, None] * second).flatten())
 
 
 def test_coupled_scores_each_token_once_in_its_pair_and_once_fully_masked():

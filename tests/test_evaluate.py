@@ -242,7 +242,7 @@ def test_which_checkpoints_are_meant(tmp_path):
     own, large = str(tmp_path / "own"), str(tmp_path / "large")
     meant = checkpoints([], ["none", own, large], EMBEDDED)
     assert [(c.label, c.model, c.adapter) for c in meant] == [
-        ("gsm8k", str(EMBEDDED), None), ("own", str(EMBEDDED), own), ("large", "owner/model", large),
+        ("base", str(EMBEDDED), None), ("own", str(EMBEDDED), own), ("large", "owner/model", large),
     ]  # fmt: skip
     assert [c.model for c in checkpoints(["m"], [own, "none"], EMBEDDED)] == ["m", "m"]
     assert [c.model for c in checkpoints(["m", "n"], [], EMBEDDED)] == ["m", "n"]

@@ -401,6 +401,8 @@ def test_kl_exact_keeps_leading_dimensions_and_is_zero_for_equal_distributions()
         ("one_step", "token", {"objective": "spg"}, "averages over draws"),
         ("trace", "sequence", {"objective": "bgpo"}, "averages over draws"),
         ("elbo", "sequence", {"objective": "ppo"}, "objective='ppo'"),
+        ("one_step", "token", {"objective": "wd1", "beta": 0.04}, "beta=0.04 with objective='wd1': it has no KL"),
+        ("elbo", "token", {"objective": "bgpo", "beta": 0.04}, "set beta to 0"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(estimator, level, settings, message):
@@ -414,7 +416,7 @@ def test_combinations_of_the_published_methods_pass():
             check_combination(estimator, "token", beta=0.04)
         check_combination(estimator, "sequence")
         for objective in ("wd1", "stable_drl", "espo"):
-            check_combination(estimator, "token", objective=objective, beta=0.04)
+            check_combination(estimator, "token", objective=objective, beta=0.04 if objective == "espo" else 0.0)
     check_combination("block_random", objective="spg")
     check_combination("elbo", objective="bgpo")
 

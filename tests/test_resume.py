@@ -121,11 +121,13 @@ class Scored(TrainerCallback):
         ("coupled", {}),
         ("elbo", {"estimator_kwargs": {"num_samples": 3}, "importance_sampling_level": "sequence"}),
         ("elbo", {"estimator_kwargs": {"complementary": True}, "objective": "espo"}),
+        ("elbo", {"estimator_kwargs": {"num_samples": 3}, "objective": "bgpo"}),
         ("quadrature", {"importance_sampling_level": "sequence"}),
         ("trace", {}),
         ("trace", {"estimator_kwargs": {"top_k": 2}}),
         ("left_to_right", {"block_length": 1}),
         ("block_random", {"importance_sampling_level": "sequence"}),
+        ("block_random", {"objective": "stable_drl"}),
     ],
 )
 def test_with_learning_rate_0_every_estimators_ratio_is_1_through_shuffle_accumulation_and_resume(

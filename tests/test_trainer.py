@@ -6,83 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import PROMPTS, lora, place_in_group, share_of_b
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer, callbacks
+from dgrpo import DiffuGRPOTrainer, callbacks
 from dgrpo.evaluate import Evaluation
 from dgrpo.models.adapters import adapters_folded_in
 from dgrpo.tasks import TASKS
 from dgrpo.trainers.data import without_long_prompts
 from dgrpo.views import MaskedViews
-
-PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o", "p q", "r s t", "u a"]
-
-
-def share_of_b(prompts, completions, **columns) -> list[float]:
-    return [completion.split().count("b") / 6 for completion in completions]
-
-
-def lora(dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(
-        r=4,
-        lora_alpha=8,
-        lora_dropout=dropout,
-        target_modules=r".*blocks.*(q_proj|v_proj|ff_out)",
-        init_lora_weights=False,
-    )
-
-
-def place_in_group(prompts, completions, **columns) -> list[float]:
-    """A reward that every group of four disagrees on, whatever it wrote."""
-    return [index % 4 / 4 for index in range(len(prompts))]
-
-
-@pytest.fixture
-def config(tmp_path):
-    """A function (**settings) -> DiffuGRPOConfig: groups of 4, two of them a micro-batch, canvas of 6 tokens."""
-
-    def build(**settings) -> DiffuGRPOConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "block_length": 3,
-            "diffusion_steps": 6,
-            "num_iterations": 2,
-            "beta": 0.0,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return DiffuGRPOConfig(**(defaults | settings))
-
-    return build
-
-
-@pytest.fixture
-def trainer(model, tokenizer, config):
-    """A function (reward, lora, **settings) -> DiffuGRPOTrainer on eight prompts."""
-
-    def build(reward=share_of_b, lora=None, own_model=None, **settings) -> DiffuGRPOTrainer:
-        settings.setdefault("learning_rate", 1e-3)
-        return DiffuGRPOTrainer(
-            model=own_model or model,
-            processing_class=tokenizer,
-            args=config(**settings),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS, "letter": list("abcdefgh")}),
-            reward_funcs=reward,
-            peft_config=lora,
-        )
-
-    return build
 
 
 def global_random_state() -> tuple:

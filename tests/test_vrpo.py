@@ -19,22 +19,25 @@ PAIRS = [
 ]
 
 
-def with_lora(model):
+def with_lora(model, dropout=0.0):
     targets = FAMILIES["llada"].lora_targets
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
-        return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+        return get_peft_model(
+            model, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
+        )
 
 
 @pytest.fixture
 def trainer(model, tokenizer, tmp_path):
     """A function (pairs, **settings) -> VRPOTrainer with a random adapter."""
 
-    def build(pairs=PAIRS, **settings) -> VRPOTrainer:
+    def build(pairs=PAIRS, dropout=0.0, **settings) -> VRPOTrainer:
         defaults = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 1, "report_to": "none"}
         defaults |= {"use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
         args = VRPOConfig(**(defaults | settings))
-        return VRPOTrainer(with_lora(model), args, Dataset.from_list(pairs), processing_class=tokenizer)
+        dataset = Dataset.from_list(pairs)
+        return VRPOTrainer(with_lora(model, dropout), args, dataset, tokenizer, dataset)
 
     return build
 
@@ -80,6 +83,25 @@ def test_loss_is_log_two_where_the_policy_is_its_reference(trainer):
     batch = run._collate(list(run.train_dataset))
     assert run.compute_loss(run.model, batch).item() == pytest.approx(math.log(2))
     assert run._preferences["preference/margin"] == [0.0]
+
+
+def test_the_policy_has_no_dropout_that_its_reference_lacks(trainer):
+    run = trainer(dropout=0.5)
+    run.model.train()
+    batch = run._collate(list(run.train_dataset))
+    masks = draw_masks(batch["is_completion"], 3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(*(run._elbo(run.model, batch, *masks) for _ in range(2)))
+
+
+def test_preferences_of_training_and_evaluation_are_logged_apart(trainer):
+    run = trainer(max_steps=2, eval_strategy="steps", eval_steps=1)
+    run.train()
+    for prefix in ("", "eval_"):
+        logs = [row for row in run.state.log_history if f"{prefix}loss" in row]
+        assert len(logs) == 2
+        other = "" if prefix else "eval_"
+        assert all(f"{prefix}preference/margin" in row and f"{other}preference/margin" not in row for row in logs)
 
 
 def test_preferences_are_learned(trainer):

@@ -44,7 +44,15 @@ _REFUSED = {
     "ignore_data_skip": (False, "a resumed run would meet the prompts of the epoch's beginning again"),
 }
 # Settings of TRL's loss, which an objective of ours takes the place of.
-_LOSS_ONLY = ("kl", "delta", "entropy_coef", "use_adaptive_entropy", "top_entropy_quantile")
+_LOSS_ONLY = (
+    "kl",
+    "delta",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "top_entropy_quantile",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+)
 # Words; TRL looks at its own for the first time in the middle of the first update.
 _CHOICES = {
     "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
@@ -79,7 +87,9 @@ class DiffuGRPOConfig(GRPOConfig):
     )
     max_completion_length: int | None = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
     block_length: int = field(default=32, metadata={"help": "Blocks are denoised from left to right."})
-    diffusion_steps: int = field(default=128, metadata={"help": "Denoising steps over the whole completion."})
+    diffusion_steps: int | None = field(
+        default=128, metadata={"help": "Denoising steps over the whole completion; null: one for each token."}
+    )
     remasking: str = field(default="low_confidence", metadata={"help": "Order of commitment within a block."})
     cfg_scale: float = field(default=0.0, metadata={"help": "Classifier-free guidance of the rollouts; 0 is off."})
     stop_at_eos: bool = field(default=True, metadata={"help": "Rows leave the batch after the block they ended in."})
@@ -124,7 +134,8 @@ class DiffuGRPOConfig(GRPOConfig):
         metadata={"help": "What beta weighs: 'k3', estimated from the sampled tokens, or 'exact', over all words."},
     )
     log_kl: bool = field(
-        default=False, metadata={"help": "Log the KL to the reference where beta is 0 and the loss does without it."}
+        default=False,
+        metadata={"help": "Where beta is 0: log the KL to the reference all the same, over the rows that are scored."},
     )
     views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
 
@@ -175,6 +186,8 @@ class DiffuGRPOConfig(GRPOConfig):
         if self.bf16 is None:
             # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
             self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        if self.diffusion_steps is None:
+            self.diffusion_steps = self.max_completion_length
         super().__post_init__()
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:

@@ -15,7 +15,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from dgrpo.logprobs import ViewScores, mean_entropy, score_views
-from dgrpo.objectives import ObjectiveInputs, kl_k3
+from dgrpo.objectives import DRAWS, WITHOUT_RATIO, ObjectiveInputs, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
 from dgrpo.trainers.checkpoints import ExactResume
 from dgrpo.trainers.config import DiffuGRPOConfig
@@ -129,13 +129,15 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         batch = super()._generate_and_score_completions(inputs)
         rollout, (hidden, weights) = self._rollout, self._views
         completion_mask = rollout.completion_mask
+        hidden, weights = hidden.to(completion_mask.device), weights.to(completion_mask.device)
         if self.mask_truncated_completions:
             ended = torch.isin(rollout.completion_ids, torch.tensor(self.eos_token_ids, device=completion_mask.device))
             completion_mask = completion_mask & ended.any(1, keepdim=True)
+            weights = weights * completion_mask[:, None, None]
         # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
         # would tell the model how long the answer is.
         batch |= {"completion_ids": rollout.completion_ids, "completion_mask": completion_mask.long()}
-        batch |= {"hidden": hidden.to(completion_mask.device), "weights": weights.to(completion_mask.device)}
+        batch |= {"hidden": hidden, "weights": weights}
         # The trace: for estimators and objectives of one's own, and for whoever looks into a checkpoint's batch.
         trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy")}
         batch |= {"group": rollout.group, **trace}
@@ -175,7 +177,7 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
     def _with_old(self, batch: dict) -> dict:
         """`batch` with old_per_token_logps [B, mu, C] of this policy; skipped iterations are left at 0."""
         first = self._draws_before_update
-        if first >= self.num_iterations:
+        if first >= self.num_iterations or self.args.objective in WITHOUT_RATIO:
             return batch
         per_view = self._logps_of_draws(self.model, batch, first)
         old = {"old_per_token_logps": (batch["weights"] * per_view).sum(2)}
@@ -252,13 +254,11 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
     @property
     def _skips_idle_rows(self) -> bool:
         """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
-        drives = (
-            self.args.beta != 0.0,
-            self._entropy_bonus_enabled,
-            self.top_entropy_quantile < 1.0,
-            self.args.objective,
-        )
-        return not any(drives)
+        return not (self.args.beta != 0.0 or self._entropy_drives_the_loss or self.args.objective)
+
+    @property
+    def _entropy_drives_the_loss(self) -> bool:
+        return self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
 
     def _compute_loss(self, model, inputs):
         if self.args.objective is not None:
@@ -294,8 +294,10 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
             old_logps_per_view=inputs.get("old_logps_per_view"),
         )
         loss, found = self.objective(batch)
-        mask = batch.completion_mask
-        found = found | {"entropy": (mean_entropy(entropies, views).detach() * mask).sum() / mask.sum().clamp(min=1)}
+        if self._watches_kl:
+            self._log_kl(batch.logps, inputs)
+        scored = (views.weights != 0).any(1)
+        found = found | {"entropy": mean_entropy(entropies, views).detach().sum() / scored.sum().clamp(min=1)}
         for name, value in found.items():
             name = {"clip_ratio": "clip_ratio/region_mean"}.get(name, name)
             self._metrics[self._mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
@@ -313,18 +315,25 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         as_reference = self._as_reference if self.args.kl == "exact" else None
         per_view, entropies_per_view, divergences = self._score(model, inputs, views, as_reference)
         if divergences is not None:
-            mask = inputs["completion_mask"]
-            self._divergence = ((views.weights * divergences).sum(1) * mask).sum() / mask.sum().clamp(min=1)
+            self._divergence = (views.weights * divergences).sum() / views.weights.sum().clamp(min=1)
         logps, entropies = (views.weights * per_view).sum(1), mean_entropy(entropies_per_view, views)
-        scored = (inputs["weights"] != 0).any(1)
         if self._watches_kl:
-            divergence = (kl_k3(logps.detach(), inputs["ref_per_token_logps"]) * scored).sum()
-            total, count = self.accelerator.reduce(torch.stack([divergence, scored.sum()]), "sum").tolist()
-            self._metrics[self._mode]["kl"].append(total / max(count, 1))
-        if self._skips_idle_rows:
-            # The entropy metric is an average over all rows: rows that were skipped take the average of the others.
-            sums = torch.stack([entropies[scored].sum(), scored.sum()])
-            total, count = self.accelerator.reduce(sums, "sum")
-            idle = inputs["advantages"] == 0
-            entropies = torch.where(idle[:, None], total / count.clamp(min=1), entropies)
+            self._log_kl(logps, inputs)
+        if not self._entropy_drives_the_loss:
+            # A metric only, which TRL averages over all tokens: those that no picture scored take the others' average.
+            scored = (views.weights != 0).any(1)
+            total, count = self.accelerator.reduce(torch.stack([entropies.sum(), scored.sum()]), "sum")
+            entropies = torch.where(scored, entropies, total / count.clamp(min=1))
         return logps, entropies, None
+
+    def _log_kl(self, logps: Tensor, inputs: dict) -> None:
+        """Logs the KL to the reference per scored token; nothing where every row was skipped."""
+        scored, reference = (inputs["weights"] != 0).any(1), inputs["ref_per_token_logps"]
+        if self.args.estimator in DRAWS:
+            # Weighted terms mean something only once summed, which the plain log-ratio is.
+            divergence, count = kl_k1(logps.detach(), reference), inputs["weights"].sum()
+        else:
+            divergence, count = kl_k3(logps.detach(), reference), scored.sum()
+        total, count = self.accelerator.reduce(torch.stack([(divergence * scored).sum(), count]), "sum").tolist()
+        if count:
+            self._metrics[self._mode]["kl"].append(total / count)

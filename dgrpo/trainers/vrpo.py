@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from dgrpo.logprobs import scoring_pass
 from dgrpo.trainers.sft import MaskedSFTConfig, MaskedSFTTrainer, encode, fitting
@@ -51,7 +51,8 @@ class VRPOTrainer(MaskedSFTTrainer):
 
     Rows have `prompt`, `chosen` and `rejected`, strings or lists of messages. Policy and reference see the same
     pictures (the paper's antithetic sampling); chosen and rejected completions have their own. The reference is the
-    policy without its adapter, so the model must have one.
+    policy without its adapter, so the model must have one; its dropout is turned off, or it would be noise that only
+    one of the two sees.
     """
 
     args: VRPOConfig
@@ -59,6 +60,7 @@ class VRPOTrainer(MaskedSFTTrainer):
     def __init__(self, model, args: VRPOConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
         if not isinstance(model, PeftModel):
             raise ValueError("model: VRPO compares the policy with itself without its adapter; wrap it in one (peft).")
+        disable_dropout_in_model(model)
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
         self._preferences: dict[str, list[float]] = {}
 
@@ -113,10 +115,12 @@ class VRPOTrainer(MaskedSFTTrainer):
         found |= {"chosen": chosen.mean(), "rejected": rejected.mean()}
         for name, value in found.items():
             value = self.accelerator.gather(value.detach()).mean().item()
-            self._preferences.setdefault(f"preference/{name}", []).append(value)
+            prefix = "" if model.training else "eval_"
+            self._preferences.setdefault(f"{prefix}preference/{name}", []).append(value)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        logs |= {name: sum(values) / len(values) for name, values in self._preferences.items()}
-        self._preferences = {}
-        super().log(logs, *args, **kwargs)
+        evaluated = any(name.startswith("eval_") for name in logs)
+        shown = [name for name in self._preferences if name.startswith("eval_") == evaluated]
+        values = {name: self._preferences.pop(name) for name in shown}
+        super().log(logs | {name: sum(found) / len(found) for name, found in values.items()}, *args, **kwargs)
