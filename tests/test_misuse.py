@@ -90,8 +90,10 @@ def test_wrong_settings_are_refused_by_name_value_and_remedy(config, setting, va
     ("settings", "message"),
     [
         ({"objective": "wd1", "delta": 2.0}, r"delta=2.0 is of TRL's loss, not of objective='wd1'"),
+        ({"objective": "wd1", "epsilon_high": 0.3}, r"epsilon_high=0.3 is of TRL's loss"),
         ({"objective": "wd1", "entropy_coef": 0.1}, r"entropy_coef=0.1 is of TRL's loss"),
-        ({"objective": "wd1", "objective_kwargs": {"clip": 2}}, r"wd1 has no clip; its settings are temperature"),
+        ({"objective": "wd1", "beta": 0.0, "objective_kwargs": {"clip": 2}}, r"wd1 has no clip; its settings are"),
+        ({"objective": "wd1"}, r"beta=0.04 with objective=.wd1.: it has no KL term; set beta to 0"),
         ({"stop_on_collapse": True, "collapse_window": 0}, r"stop_on_collapse=True with collapse_window=0"),
         ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one"),
         ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),

@@ -168,7 +168,8 @@ class DiffuGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={value!r} cannot be honoured: rollouts are denoised without vLLM. Remove it."
                 )
-        for name in _LOSS_ONLY if self.objective else ():
+        loss_only = _LOSS_ONLY if self.objective == "espo" else (*_LOSS_ONLY, "epsilon_high")
+        for name in loss_only if self.objective else ():
             if (value := getattr(self, name)) != fields[name].default:
                 raise ValueError(
                     f"{name}={value!r} is of TRL's loss, not of objective={self.objective!r}; remove one."
