@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from study import ROOT, Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, GRID, INK, MUTED
+from dgrpo.curves import COLOURS, MUTED, dress
 
 PRESETS = tuple(sorted(file.stem for file in (ROOT / "recipes" / "presets").glob("*.yaml")))
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)
@@ -126,12 +126,7 @@ def draw(path: Path, found: dict[str, dict[str, list[dict]]]) -> None:
                 axis.plot([min(values), max(values)], [height] * 2, color=COLOURS[0], alpha=0.35, linewidth=5)
                 axis.plot(mean(values), height, "o", color=COLOURS[0], markersize=7)
             axis.set_yticks(range(len(order)), order if axis is row[0] else [])
-            axis.set_title(f"{task}: after {title}", loc="left", fontsize=11, color=INK, fontweight="bold")
-            axis.grid(axis="x", color=GRID, linewidth=0.8)
-            axis.set_axisbelow(True)
-            axis.spines[["top", "right", "left"]].set_visible(False)
-            axis.spines["bottom"].set_color(GRID)
-            axis.tick_params(colors=MUTED, labelsize=9, length=0)
+            dress(axis, f"{task}: after {title}", grid="x")
     for axis in axes[-1]:
         axis.set_xlabel("held-out problems right, %; dashed: before", fontsize=9, color=MUTED, loc="right")
     figure.savefig(path, dpi=130)

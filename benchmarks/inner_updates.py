@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from study import Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, GRID, INK, MUTED
+from dgrpo.curves import COLOURS, INK, MUTED, dress
 from dgrpo.estimators import one_step
 from dgrpo.views import stream
 
@@ -83,15 +83,10 @@ def draw(path: Path, found: dict[str, dict[int, list[dict]]]) -> None:
             axis.vlines(places, [min(v) for v in values], [max(v) for v in values], color=COLOURS[number], alpha=0.4)
         axis.axhline(100 * accuracy(runs[min(runs)][0]["points"][0]), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axis.set_xticks(range(len(UPDATES)), [str(mu) for mu in UPDATES])
-        title = f"after {ROLLOUTS * index // 2} rollout batches"
-        axis.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-        axis.set_xlabel("updates of each rollout (mu)", fontsize=9, color=MUTED, loc="right")
-        axis.grid(axis="y", color=GRID, linewidth=0.8)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.spines["bottom"].set_color(GRID)
-        axis.tick_params(colors=MUTED, labelsize=9, length=0)
+        dress(axis, f"after {ROLLOUTS * index // 2} rollout batches")
+        axis.set_xlabel("updates of each rollout (mu); dashed: before", fontsize=9, color=MUTED, loc="right")
     axes[0].set_ylabel("held-out problems right, %", fontsize=9, color=MUTED)
-    axes[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 0.06))
     figure.savefig(path, dpi=130)
 
 

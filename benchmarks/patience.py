@@ -14,7 +14,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 from study import Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, GRID, INK, MUTED
+from dgrpo.curves import COLOURS, INK, MUTED, dress
 
 SEEDS = (0, 1, 2)
 SECONDS = (40, 100, 200)
@@ -65,12 +65,8 @@ def draw(path: Path, found: dict[str, list[dict]]) -> None:
         colour = COLOURS[number % len(COLOURS)]
         axis.plot(times, [mean(each) for each in values], color=colour, label=preset, linewidth=1.8)
         axis.fill_between(times, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
-    axis.set_title("held-out problems right, %", loc="left", fontsize=11, color=INK, fontweight="bold")
+    dress(axis, "held-out problems right, %")
     axis.set_xlabel("CPU seconds of training", fontsize=9, color=MUTED, loc="right")
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(GRID)
-    axis.tick_params(colors=MUTED, labelsize=9, length=0)
     axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", ncols=2)
     figure.savefig(path, dpi=130)
 

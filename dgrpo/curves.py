@@ -61,7 +61,7 @@ def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]]) -> Path:
     for axis, (name, title, is_share) in zip(axes.flat, PANELS, strict=True):
         for number, (kind, runs) in enumerate(kinds.items()):
             _draw_kind(axis, runs, name, kind, COLOURS[number % len(COLOURS)])
-        _dress(axis, title, is_share)
+        _dress_panel(axis, title, is_share)
     for axis in axes[-1]:
         axis.set_xlabel("step", fontsize=9, color=MUTED, loc="right")
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label() in kinds}
@@ -88,13 +88,18 @@ def _draw_kind(axis, runs: list[Metrics], name: str, kind: str, colour: str) -> 
     axis.plot(steps, values.mean(0), color=colour, linewidth=1.8, marker=marker, markersize=4, label=kind)
 
 
-def _dress(axis, title: str, is_share: bool) -> None:
+def dress(axis, title: str, grid: str = "y") -> None:
+    """The look of every plot: a title on the left, a light grid across `grid`, no frame."""
     axis.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    axis.grid(axis=grid, color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.spines["bottom"].set_color(GRID)
     axis.tick_params(colors=MUTED, labelsize=9, length=0)
+
+
+def _dress_panel(axis, title: str, is_share: bool) -> None:
+    dress(axis, title)
     if not axis.has_data():
         axis.set(xticks=[], yticks=[])
         axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=MUTED)

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
-from dgrpo.curves import COLOURS, GRID, INK, MUTED
+from dgrpo.curves import COLOURS, INK, MUTED, dress
 from dgrpo.grading import Report
 
 
@@ -104,16 +104,11 @@ def draw_accuracy(path: Path, results: Sequence[Result]) -> None:
                 capsize=3,
                 label=f"{name} ({protocol})" if len(protocols) > 1 else name,
             )
-    axis.set_title("Accuracy, with 95 % intervals", loc="left", fontsize=11, color=INK, fontweight="bold")
+    dress(axis, "Accuracy, with 95 % intervals")
     axis.set_xticks(list(place.values()), [str(length) for length in place])
     axis.set_xlim(-0.5, len(place) - 0.5)
     axis.set_xlabel("generation length in tokens", fontsize=9, color=MUTED, loc="right")
     axis.set_ylim(bottom=0.0)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(GRID)
-    axis.tick_params(colors=MUTED, labelsize=9, length=0)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path, dpi=130)
