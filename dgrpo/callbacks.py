@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -171,10 +172,19 @@ class HeldOutEvaluation(TrainerCallback):
         return found
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run began where its first part did.
         stored = self.metrics.path.with_name("evaluation_before.json")
-        if state.global_step and stored.exists():
-            self.before = Evaluation(**json.loads(stored.read_text()))
+        # A resumed run began where its first part did. Only the main process wrote that down, perhaps on its own disk.
+        found = [None]
+        if state.global_step and state.is_world_process_zero and stored.exists():
+            found = [json.loads(stored.read_text())]
+        broadcast_object_list(found)
+        if found[0] is not None:
+            self.before = Evaluation(**found[0])
+            if self.before.n != len(self.rows):
+                raise ValueError(
+                    f"num_eval_problems={len(self.rows)}: the run that is resumed began with {self.before.n} held-out "
+                    "problems; ask for as many."
+                )
             return
         self.before = self.measure()
         if state.is_world_process_zero:

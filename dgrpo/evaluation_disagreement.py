@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgrpo.grading import END_OF_TEXT, grade, infer_task, read_generations, setup_name, sudoku_puzzle
+from dgrpo.grading import END_OF_TEXT, generation_sets, grade, infer_task, read_generations, sudoku_puzzle
 from dgrpo.grading_d1 import Item
 from rewards.text import MAX_ANSWER_CHARS, TAGS, answer_block, boxed_contents
 
@@ -91,8 +91,8 @@ OTHER: Rule = ("other", lambda case: True)
 
 def reason(case: Case) -> str:
     """The class of a text that the protocols grade differently."""
-    if case.strict.possible == 0:
-        return "no reference number: d1 counts it as wrong, strict leaves it out"
+    if case.d1.possible == 0:
+        return "no empty cell: d1 leaves it out"
     if case.points < 0:
         rules = STRICT_ALONE.get(case.task, [])
     elif case.strict.answer is None:
@@ -113,11 +113,8 @@ def differing(items: Sequence[dict[str, Any]], task: str) -> list[Case]:
 
 def disagreements(paths: Iterable[str | Path]) -> dict[str, dict[tuple[str, str], list[Case]]]:
     """For each set of files, its classes as (which protocol gives more, reason), the largest first."""
-    sets: dict[str, list[str | Path]] = {}
-    for path in paths:
-        sets.setdefault(setup_name(path), []).append(path)
     found: dict[str, dict[tuple[str, str], list[Case]]] = {}
-    for name, files in sets.items():
+    for name, files in generation_sets(paths).items():
         classes: dict[tuple[str, str], list[Case]] = {}
         items = [item for file in files for item in read_generations(file)]
         for case in differing(items, infer_task(files[0])):

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from dgrpo.evaluate import Answer
 from dgrpo.grading import END_OF_TEXT
+from rewards.gsm8k import to_decimal
 
 
 class FinishedRows:
@@ -87,10 +88,9 @@ def as_d1_stores(task: str, row: dict[str, Any], text: str) -> dict[str, Any]:
     """A row and a text on it as an item of d1's files: `question`, `generations`, `ground_truth`."""
     question, gold = row["question"], row.get("answer")
     if task == "gsm8k":
-        try:
-            gold = float(str(gold).replace(",", ""))
-        except ValueError:
-            gold = None
+        # Read as the reward reads it, so that a stored text keeps its grade.
+        number = to_decimal(gold)
+        gold = None if number is None else float(number)
     elif task == "countdown":
         gold = [row["numbers"], row["target"]]
     elif task == "sudoku":

@@ -1,10 +1,11 @@
 """Grades stored generations, in d1's JSON format, without a model: `grade_files(paths, protocol="d1")`.
 
-A file holds `{"generations": [{"question", "generations", "ground_truth"}, ...]}`; the files of one test set are its
-shards. Two protocols:
+A file holds `{"generations": [{"question", "generations", "ground_truth"}, ...]}`; the files of one test set lie in
+one folder and are its shards. Two protocols:
 
-- `strict`: the rewards' own graders, so that training reward and accuracy agree. Text from the first end-of-text
-  marker on is dropped, as a sampler drops it.
+- `strict`: the rewards' own graders, so that training reward and accuracy agree. Right is a reward of exactly 1, as in
+  `dgrpo.evaluate`; all else is wrong, also a text on a row without a usable reference (None): every text counts. Text
+  from the first end-of-text marker on is dropped, as a sampler drops it.
 - `d1`: what the parser published with d1 accepts (`dgrpo.grading_d1`), so that results compare with the literature.
 
 An interval is Wilson's, at 95 %, over the number of texts. d1's Sudoku accuracy counts empty cells; cells of one
@@ -16,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ def strict_scores(task: str, items: list[dict[str, Any]], texts: list[str]) -> l
     if task == "math500":
         return math500.correctness_reward(items, texts, golds)
     if task == "countdown":
+        golds = [gold or (None, None) for gold in golds]
         numbers, targets = [gold[0] for gold in golds], [gold[1] for gold in golds]
         return countdown.equation_reward(items, texts, numbers, targets)
     if task == "code":
@@ -83,11 +86,13 @@ def strict_scores(task: str, items: list[dict[str, Any]], texts: list[str]) -> l
 
 
 def grade_strictly(task: str, items: list[dict[str, Any]]) -> list[Item]:
-    """Stored texts graded by the task's reward."""
+    """Stored texts graded by the task's reward: right at exactly 1. Only `sudoku_cells` asks for a share."""
     texts = [END_OF_TEXT.split(item["generations"], maxsplit=1)[0] for item in items]
+    scores = strict_scores(task, items, texts)
+    points = [score or 0.0 if task == "sudoku_cells" else float(score == 1.0) for score in scores]
     return [
-        Item(item.get("question", ""), short_answer(text), score or 0.0, 0.0 if score is None else 1.0)
-        for item, text, score in zip(items, texts, strict_scores(task, items, texts), strict=True)
+        Item(item.get("question", ""), short_answer(text), right, 1.0)
+        for item, text, right in zip(items, texts, points, strict=True)
     ]
 
 
@@ -104,8 +109,34 @@ def infer_task(path: str | Path) -> str:
 
 
 def setup_name(path: str | Path) -> str:
-    """What the names of one run's shards share: `gsm8k_128_64` of `gsm8k_128_64_0_generations.json`."""
+    """What the names of one set's shards share: `gsm8k_128_64` of `gsm8k_128_64_0_generations.json`."""
     return re.sub(r"(?:_\d+)?_generations$", "", Path(path).stem)
+
+
+def generation_sets(paths: Iterable[str | Path]) -> dict[str, list[str | Path]]:
+    """The files of each set: those of one folder whose names differ only in the shard's number.
+
+    Sets of one name are told apart by as many last parts of their folders as that takes: `base/gsm8k_128_64`.
+    """
+    files: dict[tuple[str, Path], list[str | Path]] = {}
+    for path in paths:
+        files.setdefault((setup_name(path), Path(path).parent.resolve()), []).append(path)
+    folders: dict[str, list[Path]] = {}
+    for name, folder in files:
+        folders.setdefault(name, []).append(folder)
+    return {
+        Path(*_last_parts(folder, _parts_that_differ(folders[name])), name).as_posix(): shards
+        for (name, folder), shards in files.items()
+    }
+
+
+def _last_parts(folder: Path, num_parts: int) -> tuple[str, ...]:
+    return folder.parts[max(len(folder.parts) - num_parts, 0) :]
+
+
+def _parts_that_differ(folders: list[Path]) -> int:
+    """How many last parts tell different folders apart; 0 for a single one."""
+    return next(size for size in count() if len({_last_parts(folder, size) for folder in folders}) == len(folders))
 
 
 def read_generations(path: str | Path) -> list[dict[str, Any]]:
@@ -144,8 +175,5 @@ def grade_files(paths: Iterable[str | Path], task: str | None = None, protocol: 
 
 
 def grade_setups(paths: Iterable[str | Path], protocol: str = "strict") -> dict[str, Report]:
-    """Grade files run by run: those whose names differ only in the shard's number are one set."""
-    shards: dict[str, list[str | Path]] = {}
-    for path in paths:
-        shards.setdefault(setup_name(path), []).append(path)
-    return {setup: grade_files(files, protocol=protocol) for setup, files in shards.items()}
+    """Grade files set by set, as `generation_sets` finds them."""
+    return {name: grade_files(files, protocol=protocol) for name, files in generation_sets(paths).items()}

@@ -21,7 +21,7 @@ class Item:
     answer: str | float | None
     right: float
     possible: float
-    """0: the row has no usable reference and does not count."""
+    """0: there is nothing to get, as in a Sudoku without empty cells, and the text does not count."""
 
 
 def sudoku_puzzle(question: str) -> str:

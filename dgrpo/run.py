@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import set_seed
 from transformers.utils import logging
@@ -127,8 +128,15 @@ def one_thread_unless_told() -> None:
         torch.set_num_threads(1)
 
 
+# Fields of TRL's ModelConfig that nothing here reads: 4-bit weights are NF4, quantized twice.
+_NOT_READ = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+
 def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig):
     """Model, tokenizer and LoRA settings (None when fine-tuning in full or going on with an adapter)."""
+    for name in _NOT_READ:
+        if (value := getattr(model_config, name)) != ModelConfig.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={value!r} is not read: load_in_4bit takes NF4, quantized twice. Remove it.")
     if model_config.model_name_or_path in (None, EMBEDDED):
         model_config.model_name_or_path = str(embedded_checkpoint(task))
         one_thread_unless_told()
@@ -176,7 +184,8 @@ def main(task: Task, recipe_file: str) -> None:
         instruction=recipe.instruction,
         seed=args.seed,
     )
-    model_name = model_config.model_name_or_path or EMBEDDED
+    model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
+    as_asked = replace(model_config)
     rewards = rewards_of(recipe)
     check_columns(rewards, train_rows.column_names)
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
@@ -188,10 +197,12 @@ def main(task: Task, recipe_file: str) -> None:
         train_dataset=train_rows,
         reward_funcs=rewards,
     )
-    train(trainer, task, held_out, recipe, model_name)
+    train(trainer, task, held_out, recipe, as_asked)
 
 
-def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_name: str) -> dict:
+def train(
+    trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_config: ModelConfig
+) -> dict:
     """Trains with progress and metrics, evaluates before and after, and writes the run's folder; its summary."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,16 +211,15 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     evaluation = HeldOutEvaluation(trainer, task, held_out, recipe.evaluate_every, metrics, recipe.keep_best)
     attach(trainer, [metrics, ProgressLine(trainer, recipe.sample_every), evaluation])
     if trainer.accelerator.is_main_process:
-        _write_config(output_dir, recipe, args, model_name)
+        _write_config(output_dir, recipe, args, model_config)
     started, cpu_started = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(output_dir, recipe.resume))
     wall_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     trainer.save_model()
-    metrics.flush()
     before, after = evaluation.before, evaluation.after
     summary = {
         "task": task.name,
-        "model": model_name,
+        "model": model_config.model_name_or_path,
         "seed": args.seed,
         "before": before.summary(),
         "after": after.summary(),
@@ -222,6 +232,7 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
         "versions": {name: version(name) for name in ("dgrpo", "torch", "trl", "transformers", "peft", "deepspeed")},
     }
     if trainer.accelerator.is_main_process:
+        metrics.flush()
         samples = [
             {"prompt": row["question"], "gold": str(row.get("answer", "")), "before": old, "after": new}
             for row, old, new in list(zip(held_out, before.completions, after.completions, strict=True))[:16]
@@ -234,20 +245,33 @@ def train(trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: Reci
     return summary
 
 
-def _write_config(output_dir: Path, recipe: RecipeConfig, args: DiffuGRPOConfig, model_name: str) -> None:
-    defaults = {name: each.default for name, each in type(args).__dataclass_fields__.items()}
-    changed = {k: v for k, v in args.to_dict().items() if v != defaults.get(k) and "token" not in k}
-    settings = {"model_name_or_path": model_name} | asdict(recipe) | changed
+def _write_config(output_dir: Path, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig) -> None:
+    """Writes config.yaml: what was asked for beyond the defaults, of model, recipe and trainer; --config reads it."""
+    settings = _changed(model_config, asdict(model_config)) | asdict(recipe) | _changed(args, args.to_dict())
+    # The one follows from the other, and both are not taken.
+    settings.pop("generation_batch_size", None)
     (output_dir / "config.yaml").write_text(
         yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
     )
+
+
+def _changed(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a configuration's values that are not its defaults; no secrets."""
+    plain = {name: each.default for name, each in type(config).__dataclass_fields__.items()}
+    made = {
+        name: each.default_factory()
+        for name, each in type(config).__dataclass_fields__.items()
+        if each.default_factory is not MISSING
+    }
+    return {name: value for name, value in values.items() if value != (plain | made).get(name) and "token" not in name}
 
 
 def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
     """The same problems before and after, and accuracy as a small table."""
     console = Console()
     for sample in samples:
-        console.print(f"\n[bold]{sample['prompt']}[/bold]  (answer {sample['gold']})", highlight=False)
+        prompt, gold = escape(sample["prompt"]), escape(sample["gold"])
+        console.print(f"\n[bold]{prompt}[/bold]  (answer {gold})", highlight=False)
         for when in ("before", "after"):
             console.print(f"  {when:>6}: {sample[when]!r}", markup=False, highlight=False)
     table = Table(title=f"{summary['task']}, held-out, greedy, n={summary['before']['n']}")

@@ -10,20 +10,22 @@ in d1's JSON format, results.json and accuracy.png. A run that was cut off goes 
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.progress import Progress
 
 from dgrpo.evaluate import processes
-from dgrpo.evaluation_checkpoints import checkpoints, evaluate_checkpoint
+from dgrpo.evaluation_checkpoints import Checkpoint, checkpoints, evaluate_checkpoint
 from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation_report import show_results, stored_result, write_results
 from dgrpo.grading import grade_setups, infer_task
 from dgrpo.grading_d1 import D1
 from dgrpo.run import embedded_checkpoint, one_thread_unless_told
+from dgrpo.run_folder import read_config
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 
@@ -52,6 +54,12 @@ def grade_stored(arguments: argparse.Namespace) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def settings_of_run(chosen: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What the first of these that a run wrote was trained with: its config.yaml lies beside the weights."""
+    folders = [checkpoint.adapter or checkpoint.model for checkpoint in chosen]
+    return next(filter(None, (read_config(folder)[1] for folder in folders)), {})
+
+
 def samplers(arguments: argparse.Namespace, task: Task, embedded: bool) -> list[SamplerConfig]:
     """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it."""
     recipe = {}
@@ -74,17 +82,22 @@ def grade_models(arguments: argparse.Namespace) -> None:
     task = TASKS[arguments.task]
     embedded_folder = embedded_checkpoint(task)
     chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)
-    embedded = all(checkpoint.model == str(embedded_folder) for checkpoint in chosen)
+    run = settings_of_run(chosen)
+    embedded = run.get("model_name_or_path") == EMBEDDED or all(each.model == str(embedded_folder) for each in chosen)
     if embedded:
         one_thread_unless_told()
+        run = {"dataset": EMBEDDED, "instruction": ""} | run
     configs = samplers(arguments, task, embedded)
-    undivided = task.held_out_split is None and arguments.dataset is None
+    # As the run divided its rows, unless others are asked for: then all of these.
+    evaluated = arguments.eval_dataset or (None if arguments.dataset else run.get("eval_dataset"))
+    dataset = evaluated or arguments.dataset or run.get("dataset")
+    many = dataset == EMBEDDED or (evaluated is None and task.held_out_split is None)
     _, held_out = load_rows(
         task,
-        arguments.dataset or (EMBEDDED if embedded else None),
-        arguments.dataset,
-        num_held_out=arguments.num_problems or (512 if embedded or undivided else 10**6),
-        instruction="" if embedded else None,
+        dataset,
+        evaluated,
+        num_held_out=arguments.num_problems or (512 if many else 10**6),
+        instruction=run.get("instruction") if arguments.instruction is None else arguments.instruction,
     )
     folder, results = Path(arguments.output_dir), []
     with Progress(transient=True, disable=not state.is_main_process) as progress:
@@ -126,7 +139,11 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--model", nargs="+", help="Hub names or folders; default: the task's embedded checkpoint.")
     parser.add_argument("--adapter", nargs="+", help="Trained adapters to put on top; 'none' is the model as it is.")
-    parser.add_argument("--dataset", help="Local file of the task's rows to evaluate on; default: the held-out split.")
+    parser.add_argument(
+        "--dataset", help="What the model was trained on, of which the held-out part is asked; default: as its run."
+    )
+    parser.add_argument("--eval_dataset", help="Local file or dataset of which all rows are asked instead.")
+    parser.add_argument("--instruction", help="Text before each question; default: as its run, or the task's.")
     parser.add_argument("--num_problems", type=int, help="Default: all; of generated or undivided ones 512.")
     parser.add_argument("--lengths", nargs="+", type=int, help="Tokens; default: 128 256 512.")
     parser.add_argument("--block_length", type=int, help="Default: 32.")

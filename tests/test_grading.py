@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.grading import grade, grade_files, grade_setups, infer_task, setup_name, wilson_interval
+from dgrpo.evaluate import Answer, Evaluation
+from dgrpo.evaluation_disagreement import differing, disagreements, reason
+from dgrpo.evaluation_rows import as_d1_stores, d1_items, write_generations
+from dgrpo.grading import generation_sets, grade, grade_files, grade_setups, infer_task, setup_name, wilson_interval
 from dgrpo.grading_d1 import D1, d1_countdown, d1_gsm8k, d1_math500, d1_sudoku, last_box, normal_form
+from dgrpo.tasks import TASKS
 
 DATA = Path(__file__).parents[2] / "shared/data/d1"
 GRADED = DATA / "graded_by_d1_at_128.json"
@@ -51,7 +55,7 @@ def test_item_for_item_as_d1s_parser():
 @pytest.mark.parametrize(
     ("task", "n", "correct"),
     [
-        ("gsm8k", 1128, 574),
+        ("gsm8k", 1130, 574),
         pytest.param("math500", 500, 123, marks=pytest.mark.slow),
         ("countdown", 256, 47),
         ("sudoku", 256, 1),
@@ -59,9 +63,7 @@ def test_item_for_item_as_d1s_parser():
 )
 def test_strict_accuracy_of_llada_8b_instruct(task, n, correct):
     report = grade_files(shards(task), protocol="strict")
-    assert (report.n, report.correct) == (n, correct)
-    # Two questions of the published GSM8K files have no reference number, because d1 could not read "1,080".
-    assert report.skipped == (2 if task == "gsm8k" else 0)
+    assert (report.n, report.skipped, report.correct) == (n, 0, correct)
 
 
 @pytest.mark.parametrize(
@@ -234,15 +236,58 @@ def test_strict_tasks():
     wrong = item("<answer>1224341221434321</answer>", grid, SUDOKU)
     assert grade([wrong], "sudoku").accuracy == 0
     assert grade([wrong], "sudoku_cells").accuracy == pytest.approx(3 / 4)
-    assert grade([item("```\ndef f(): return 1\n```", ["assert f() == 1", "assert f() == 2"])], "code").accuracy == 0.5
 
 
-def test_rows_without_reference_are_skipped():
-    report = grade([item("<answer>72</answer>", gold) for gold in (72.0, None)], "gsm8k")
-    assert (report.n, report.skipped, report.accuracy) == (1, 1, 1.0)
-    empty = grade([item("", None)], "gsm8k")
-    assert math.isnan(empty.accuracy)
-    assert empty.interval == (0.0, 1.0)
+# The text of an answer that is right and of one that is nearly so, and columns that leave a row without reference.
+STORED_TEXTS = {
+    "gsm8k": ("<answer>{answer}</answer>", "<answer>{answer}", {"answer": "none"}),
+    "math500": ("<answer>{answer}</answer>", "\\boxed{{{answer}}}", {"answer": ""}),
+    "countdown": ("<answer>{expression}</answer>", "<answer>{expression} = {target}</answer>", {"numbers": []}),
+    "sudoku": ("<answer>{solution}</answer>", "<answer>{solution}0</answer>", {"puzzle": "9" * 16}),
+    "code": ("```\n{solution}\n```", "```\ndef f(x): return {first}\n```", {"tests": []}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_stored_texts_of_every_task_are_graded_as_they_were(name, tmp_path):
+    task, [source] = TASKS[name], TASKS[name].embedded("held_out", 1, 0)
+    row = task.to_row(source)
+    known = source | row | {"first": row.get("tests", [""])[0].rpartition("== ")[2]}
+    right, nearly, without = STORED_TEXTS[name]
+    texts = [right.format(**known), nearly.format(**known), "", right.format(**known)]
+    rows = [row, row, row, row | without]
+    columns = {column: [each[column] for each in rows] for column in row}
+    marks = task.grade(prompts=[None] * 4, completions=texts, **columns)
+    assert (marks[0], marks[2], marks[3]) == (1.0, 0.0, None)
+    assert marks[1] == (pytest.approx(1 / 3) if name == "code" else 0.0), "one of three tests passes"
+    answers = [Answer(i, texts[i], marks[i], True, 9, True, 0.1) for i in range(4)]
+    found = Evaluation.of(answers)
+    path = tmp_path / f"{name}_9_9_0_generations.json"
+    write_generations(path, d1_items(name, rows, answers, "<|endoftext|>"), 0.4, {})
+    report = grade_setups([path])[f"{name}_9_9"]
+    assert [graded.right for graded in report.items] == found.correct == [True, False, False, False]
+    assert (report.n, report.accuracy, report.interval) == (found.n, found.accuracy, found.interval)
+    assert (report.n, report.accuracy) == (4, 0.25), "a row without reference counts, and counts as wrong"
+
+
+def test_a_reference_is_stored_as_the_reward_reads_it():
+    assert as_d1_stores("gsm8k", {"question": "q", "answer": "$1,080"}, "")["ground_truth"] == 1080.0
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "code"])
+def test_a_text_on_a_row_without_reference_is_wrong(task):
+    report = grade([item("<answer>72</answer>", None)], task)
+    assert (report.n, report.skipped, report.accuracy) == (1, 0, 0.0)
+
+
+def test_what_has_nothing_to_get_does_not_count():
+    solved = item("<answer>1234341221434321</answer>", "1234341221434321", "1234341221434321")
+    report = grade([solved], "sudoku", "d1")
+    assert (report.n, report.skipped, report.interval) == (0, 1, (0.0, 1.0))
+    assert math.isnan(report.accuracy)
+    [case] = differing([solved], "sudoku")
+    assert reason(case) == "no empty cell: d1 leaves it out"
+    assert math.isnan(grade([], "countdown").accuracy)
 
 
 def test_files_shards_and_runs(tmp_path):
@@ -261,6 +306,41 @@ def test_files_shards_and_runs(tmp_path):
     }
     assert grade_files(paths).n == 4
     assert [graded.answer for graded in grade_files(paths[:2]).items] == ["72", "73", "72"]
+
+
+def test_sets_of_one_name_in_several_folders_are_several_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "one/base/gsm8k_256_128_0": 1,
+        "one/base/gsm8k_256_128_1": 2,
+        "one/tuned/gsm8k_256_128_0": 3,
+        "two/tuned/gsm8k_512_256_0": 4,
+        "one/tuned/gsm8k_512_256_0": 5,
+        "one/tuned/gsm8k_128_64_0": 6,
+    }
+    for name, n in files.items():
+        path = tmp_path / f"{name}_generations.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"generations": [item("\\boxed{72}", 72.0)] * n}))
+    paths = [Path(f"{name}_generations.json") for name in files]
+    # One folder, however it is spelled.
+    paths[1] = tmp_path / "one/tuned/../base" / paths[1].name
+    expected = {
+        "base/gsm8k_256_128": 3,
+        "tuned/gsm8k_256_128": 3,
+        "two/tuned/gsm8k_512_256": 4,
+        "one/tuned/gsm8k_512_256": 5,
+        "gsm8k_128_64": 6,
+    }
+    assert {name: report.n for name, report in grade_setups(paths).items()} == expected
+    found = disagreements(paths)
+    assert {name: sum(map(len, classes.values())) for name, classes in found.items()} == expected
+
+
+def test_folders_of_unequal_depth_are_told_apart():
+    names = [f"{folder}/gsm8k_0_generations.json" for folder in ("/a", "/y/b/a", "/z/b/a", "/")]
+    assert list(generation_sets(names)) == ["/a/gsm8k", "y/b/a/gsm8k", "z/b/a/gsm8k", "/gsm8k"]
+    assert generation_sets([]) == {}
 
 
 def test_names_of_files():

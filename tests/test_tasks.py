@@ -6,8 +6,9 @@ from itertools import islice, permutations
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 
-from dgrpo.tasks import TASKS, code, countdown, gsm8k, load_rows, math500, prompt_messages, sudoku
+from dgrpo.tasks import EMBEDDED, TASKS, code, countdown, gsm8k, load_rows, math500, prompt_messages, sudoku
 from dgrpo.tiny import sudoku as grids
 from rewards.sudoku import is_solved
 
@@ -64,11 +65,54 @@ def test_every_instruction_asks_for_the_format_that_rewards_read(name):
 
 
 def test_a_local_file_is_split_and_its_answers_read(rows_file):
-    train, held_out = load_rows(gsm8k.TASK, rows_file, num_held_out=5)
-    assert (len(train), len(held_out)) == (15, 5)
-    assert held_out["answer"] == ["1006", "1007", "1008", "1009", "1010"]
-    assert train[0]["prompt"][0]["content"].endswith("How much is 990+1?")
-    assert not set(train["question"]) & set(held_out["question"])
+    train, held_out = load_rows(gsm8k.TASK, rows_file)
+    assert (len(train), len(held_out)) == (16, 4)
+    assert sorted([*train["question"], *held_out["question"]]) == sorted(row["question"] for row in ROWS)
+    for row in (*train, *held_out):
+        first = int(row["question"].removeprefix("How much is ").partition("+")[0])
+        assert row["answer"] == str(first + 1)
+        assert row["prompt"][0]["content"].endswith(row["question"])
+
+
+def test_how_a_file_is_divided_does_not_depend_on_how_many_problems_are_asked(write, rows_file):
+    """Or a later evaluation would ask what was trained on."""
+    train, held_out = load_rows(gsm8k.TASK, rows_file)
+    for number in (1, 3):
+        fewer_train, fewer = load_rows(gsm8k.TASK, rows_file, num_held_out=number)
+        assert fewer_train["question"] == train["question"]
+        assert fewer["question"] == held_out["question"][:number]
+    backwards = load_rows(gsm8k.TASK, write("backwards.jsonl", ROWS[::-1]))[1]
+    assert set(backwards["question"]) == set(held_out["question"])
+
+
+def test_other_columns_of_a_file_reach_the_rewards_and_numbers_are_read(write):
+    rows = [{"question": f"{i}?", "answer": i, "difficulty": i % 3, "prompt": "mine", "image": "x"} for i in range(10)]
+    for task in (gsm8k.TASK, math500.TASK):
+        train, held_out = load_rows(task, write("mine.jsonl", rows))
+        for row in (*train, *held_out):
+            assert set(row) == {"prompt", "question", "answer", "difficulty"}
+            assert row["answer"] == row["question"][:-1]
+            assert row["difficulty"] == int(row["answer"]) % 3
+
+
+def test_held_out_rows_of_the_hub_beside_a_file_are_read_as_the_hub_s_own(rows_file, monkeypatch):
+    asked = []
+
+    def hub(name, config=None, **options):
+        asked.append((name, config, options["split"]))
+        if name == "openai/gsm8k":
+            return [{"question": "One?", "answer": "#### 1"}]
+        return [{"nums": list(range(i, i + 3 + i % 2)), "target": i} for i in range(6)]
+
+    real = load_dataset
+    monkeypatch.setattr(
+        "dgrpo.tasks.task.load_dataset", lambda name, *a, **o: (real if name == "json" else hub)(name, *a, **o)
+    )
+    held_out = load_rows(gsm8k.TASK, rows_file, "openai/gsm8k")[1]
+    assert asked == [("openai/gsm8k", "main", "test")]
+    assert held_out["question"] == ["One?"]
+    held_out = load_rows(countdown.TASK, EMBEDDED, "Jiayi-Pan/Countdown-Tasks-3to4", num_train=4)[1]
+    assert {len(numbers) for numbers in held_out["numbers"]} == {3}
 
 
 def test_training_rows_that_occur_anywhere_in_the_evaluation_file_are_left_out(write, rows_file):
@@ -264,9 +308,10 @@ def test_no_countdown_problem_is_on_both_sides_in_any_order_of_its_numbers(write
     problems = [{"nums": [i, i + 1, i + 2], "target": i} for i in range(20)]
     shuffled = [{"nums": [i + 2, i, i + 1], "target": i} for i in range(10, 20)]
     other_target = [{"nums": [i + 2, i, i + 1], "target": i + 1} for i in range(10, 12)]
-    train, held_out = load_rows(countdown.TASK, write("c.jsonl", problems + shuffled + other_target), num_held_out=12)
-    assert held_out["target"] == [*range(10, 20), 11, 12]
-    assert train["target"] == list(range(10))
+    train, held_out = load_rows(countdown.TASK, write("c.jsonl", problems + shuffled + other_target))
+    keys = [{countdown.TASK.split_key(row) for row in rows} for rows in (train, held_out)]
+    assert not keys[0] & keys[1]
+    assert (len(keys[0]), len(keys[1]), len(train) + len(held_out)) == (18, 4, 32)
 
 
 def test_countdown_s_hub_rows_of_four_numbers_are_left_out_and_those_of_a_file_are_not(write, monkeypatch):

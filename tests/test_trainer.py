@@ -450,3 +450,20 @@ def test_held_out_prompts_are_put_as_the_training_prompts_are(trainer, tmp_path,
     metrics = callbacks.MetricsFile(tmp_path / "metrics.csv")
     callbacks.HeldOutEvaluation(run, TASKS["gsm8k"], Dataset.from_list([{"prompt": "a"}]), 0, metrics).measure()
     assert seen == {"enable_thinking": False}
+
+
+def test_rewards_of_an_evaluation_do_not_depend_on_its_batches(trainer):
+    """Nor does a batch draw what another drew: four times the same prompt."""
+    found, texts = [], []
+    for size in (4, 8, 16):
+        run = trainer(per_device_eval_batch_size=size, temperature=1.0)
+        written = []
+        run.reward_funcs[0] = lambda prompts, completions, written=written, **columns: (
+            written.extend(completions) or share_of_b(prompts, completions)
+        )
+        metrics = run.evaluate(Dataset.from_dict({"prompt": ["a b"] * 4, "letter": ["a"] * 4}))
+        found.append(metrics["eval_reward"])
+        texts.append(written)
+    assert found[0] == pytest.approx(found[1])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 12

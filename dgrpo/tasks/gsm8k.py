@@ -18,7 +18,7 @@ the final number between <answer> and </answer>:
 
 def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """The question, and the number after `####` without thousands separators."""
-    return {"question": row["question"], "answer": row["answer"].rpartition("####")[2].strip().replace(",", "")}
+    return {"question": row["question"], "answer": str(row["answer"]).rpartition("####")[2].strip().replace(",", "")}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
         if not boxes:
             raise ValueError(rf"dataset: the solution {row['solution']!r} has no \boxed{{...}} with the result.")
         answer = boxes[-1]
-    return {"question": field_of(row, "problem", "question"), "answer": answer}
+    return {"question": field_of(row, "problem", "question"), "answer": str(answer)}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from transformers.utils import logging
 
-from dgrpo.tiny.problems import Messages
+from dgrpo.tiny.problems import Messages, fixed_order
 
 logger = logging.get_logger(__name__)
 
@@ -18,6 +18,8 @@ EMBEDDED = "embedded"
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _SUFFIXES = (*_READERS, ".csv")
+# Columns of a file that the prompt takes the place of, or that TRL would read as pictures.
+_NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Task:
     held_out_split: str | None = "test"
     # What of a row (as `to_row` gives it) must never be both in training and held out.
     split_key: Callable[[dict[str, Any]], Hashable] = lambda row: row["question"]
-    # Which rows of an undivided source are held out; None: the last ones.
+    # Which rows of an undivided source are held out; None: a fifth of them.
     is_held_out: Callable[[dict[str, Any]], bool] | None = None
     # Which rows of the hub's dataset are used; None: all. Local files are taken as they are.
     keep: Callable[[dict[str, Any]], bool] | None = None
@@ -87,9 +89,10 @@ def load_rows(
     """Training and held-out rows {"prompt", "question", columns...} of a task; no `split_key` stands in both.
 
     dataset: a hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, or
-    "embedded". Held-out rows come from `eval_dataset` if given, else from the hub's held-out split, else the source is
-    divided: by the task's own rule, or its last `num_held_out` rows are held out. Training rows whose key occurs in
-    any held-out row are left out, with a count; where `eval_dataset` is `dataset`, all of them.
+    "embedded". A file's other columns are kept for rewards. Held-out rows come from `eval_dataset` if given, else from
+    the hub's held-out split, else the source is divided: by the task's own rule, or a fifth is held out, which rows
+    depending on nothing but the source. Training rows whose key occurs in any held-out row, of which the first
+    `num_held_out` are returned, are left out, with a count; where `eval_dataset` is `dataset`, all of them.
 
     Raises ValueError for a file that is missing or rows without the expected fields.
     """
@@ -99,21 +102,18 @@ def load_rows(
             f"dataset=None: {task.name} has no dataset on the hub. Name a local .csv, .jsonl, .json or .parquet file, "
             f"or {EMBEDDED!r}."
         )
-    config = task.hub_config if source == task.hub_name else None
     if source == EMBEDDED:
         train = _converted(task, task.embedded("train", num_train or 4096, seed))
     else:
-        train = _converted(task, read_rows(source, "train", config))
-    if source == task.hub_name and task.keep is not None:
-        train = list(filter(task.keep, train))
-    if eval_dataset is not None:
-        held_out = _converted(task, read_rows(eval_dataset, task.held_out_split or "train"))
-    elif source == EMBEDDED:
+        train = _rows_of(task, source, "train")
+    if eval_dataset == EMBEDDED or (eval_dataset is None and source == EMBEDDED):
         held_out = _converted(task, task.embedded("held_out", num_held_out, 0))
+    elif eval_dataset is not None:
+        held_out = _rows_of(task, eval_dataset, task.held_out_split or "train")
     elif Path(source).suffix in _SUFFIXES or task.held_out_split is None:
-        train, held_out = _divided(task, train, num_held_out)
+        train, held_out = _divided(task, train)
     else:
-        held_out = _converted(task, read_rows(source, task.held_out_split, config))
+        held_out = _rows_of(task, source, task.held_out_split)
     # All held-out keys, not those of the first `num_held_out` alone: a later evaluation may use more rows.
     held_out_keys = {task.split_key(row) for row in held_out}
     disjoint = [row for row in train if task.split_key(row) not in held_out_keys]
@@ -129,11 +129,20 @@ def load_rows(
     return train_rows, held_out_rows
 
 
-def _converted(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows_of(task: Task, source: str, split: str) -> list[dict[str, Any]]:
+    """The task's rows of a split of a hub dataset, or of a file, with the file's other columns."""
+    own = source == task.hub_name
+    is_file = Path(source).suffix in _SUFFIXES
+    rows = _converted(task, read_rows(source, split, task.hub_config if own else None), others=is_file)
+    return list(filter(task.keep, rows)) if own else rows
+
+
+def _converted(task: Task, rows: list[dict[str, Any]], others: bool = False) -> list[dict[str, Any]]:
     converted = []
     for row in rows:
+        kept = {name: value for name, value in row.items() if others and name not in _NOT_FOR_REWARDS}
         try:
-            converted.append(task.to_row(row))
+            converted.append(kept | task.to_row(row))
         except KeyError as error:
             raise ValueError(
                 f"dataset: a {task.name} row needs the field {error}; this one has {sorted(row)}."
@@ -141,11 +150,13 @@ def _converted(task: Task, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return converted
 
 
-def _divided(task: Task, rows: list[dict], num_held_out: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out part of one source."""
+def _divided(task: Task, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Training and held-out part of one source, the same whoever asks: the trainer, or a later evaluation."""
     if task.is_held_out is None:
-        size = min(num_held_out, len(rows) // 2)
-        return rows[: len(rows) - size], rows[len(rows) - size :]
-    is_held_out = [task.is_held_out(row) for row in rows]
+        keys = sorted({task.split_key(row) for row in rows}, key=lambda key: fixed_order(repr(key)))
+        held_out = set(keys[: max(1, len(keys) // 5)])
+        is_held_out = [task.split_key(row) in held_out for row in rows]
+    else:
+        is_held_out = [task.is_held_out(row) for row in rows]
     train = [row for row, out in zip(rows, is_held_out, strict=True) if not out]
     return train, [row for row, out in zip(rows, is_held_out, strict=True) if out]

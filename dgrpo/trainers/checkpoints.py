@@ -52,7 +52,8 @@ def move_earlier_run_aside(output_dir: str | Path) -> Path | None:
     """
     folder, state = Path(output_dir), PartialState()
     moved = None
-    if state.is_main_process and any((folder / name).exists() for name in ("metrics.csv", "summary.json")):
+    written = ("metrics.csv", "summary.json", "evaluation_before.json")
+    if state.is_main_process and any((folder / name).exists() for name in written):
         number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
         moved = folder.rename(folder.with_name(f"{folder.name}.{number}"))
         logger.warning(f"output_dir={str(folder)!r} held an earlier run; it is in {moved} now.")

@@ -15,15 +15,15 @@ class EpochSampler(RepeatSampler):
         self.generator = stream("prompts", self.seed or 0, epoch)
 
 
-def without_long_prompts(dataset, tokenizer, max_prompt_length: int):
+def without_long_prompts(dataset, tokenizer, max_prompt_length: int, template_settings: dict | None = None):
     """The dataset without prompts of more than `max_prompt_length` tokens; says how many were left out."""
 
     def fits(row: dict) -> bool:
         prompt = row["prompt"]
         if isinstance(prompt, str):
             return len(tokenizer(prompt)["input_ids"]) <= max_prompt_length
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        return len(ids) <= max_prompt_length
+        settings = {"add_generation_prompt": True, "return_dict": True} | (template_settings or {})
+        return len(tokenizer.apply_chat_template(prompt, **settings)["input_ids"]) <= max_prompt_length
 
     kept = dataset.filter(fits)
     if len(kept) == 0:

@@ -65,7 +65,9 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
             for reward, module in zip(reward_funcs, is_module, strict=True)
         ]
         if args.max_prompt_length is not None:
-            train_dataset = without_long_prompts(train_dataset, processing_class, args.max_prompt_length)
+            train_dataset = without_long_prompts(
+                train_dataset, processing_class, args.max_prompt_length, args.chat_template_kwargs
+            )
         self._rollout: Rollout | None = None
         self._views: tuple[Tensor, Tensor] | None = None
         self._loss_inputs: dict | None = None

@@ -23,6 +23,12 @@ class DenoisesRollouts:
     accelerator: Any
     args: Any
     model: Any
+    # Rows of the evaluation that is going on: its batches draw on from each other.
+    _rows_evaluated = 0
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._rows_evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def _check_parallelism(self) -> None:
         plugin = self.accelerator.state.deepspeed_plugin
@@ -44,6 +50,9 @@ class DenoisesRollouts:
         mask = pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left").to(device)
         # Global row numbers: the noise of a row does not depend on how many processes share the batch.
         rows = torch.arange(len(prompts), device=device) + self.accelerator.process_index * len(prompts)
+        if self._mode == "eval":
+            rows += self._rows_evaluated
+            self._rows_evaluated += self.accelerator.num_processes * len(prompts)
         # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
         partitioned = self.is_fsdp_enabled or not self.args.ds3_gather_for_generation
         with (
