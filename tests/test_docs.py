@@ -24,6 +24,7 @@ import yaml
 from dgrpo.__main__ import build_parser
 from dgrpo.__main__ import main as dgrpo
 from dgrpo.cli import TRAINABLE, found_file, run_recipe
+from dgrpo.tasks import TASKS, load_rows
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -231,8 +232,8 @@ def test_the_tutorial_ends_with_a_reward_and_data_of_one_s_own(folder):
     check_run(folder / "runs/shop")
     assert "checked_work" in (folder / "runs/shop/metrics.csv").read_text()
     held_out = json.loads((folder / "runs/shop/samples.json").read_text())
-    rows = [json.loads(line) for line in (folder / "shop.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in held_out] == [row["question"] for row in rows[-8:]]
+    divided = load_rows(TASKS["gsm8k"], str(folder / "shop.jsonl"), num_held_out=8)[1]
+    assert [row["prompt"] for row in held_out] == divided["question"]
 
 
 @pytest.mark.slow
