@@ -12,6 +12,7 @@ from reference import denoise_greedily
 from dgrpo.likelihood import log_likelihood
 from dgrpo.logprobs import per_token_logps
 from dgrpo.models import ScoringHead, load_model
+from dgrpo.models.adapters import adapters_folded_in
 from dgrpo.models.bidirectional import visible_keys
 from dgrpo.models.dream import DreamConfig
 from dgrpo.models.families import FAMILIES
@@ -24,6 +25,7 @@ from dgrpo.views import MaskedViews
 KINDS = {"dream": (1, 14), "llada_moe": (0, 8), "a2d-qwen2": (0, 14), "a2d-qwen3": (0, 14), "a2d-llama": (0, 14)}
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 MASK = published.NUM_WORDS - 1
+BIAS = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,34 @@ def test_lora_reaches_the_intended_linears_and_never_the_head(folders, texts, ki
     assert (adapted(ids, mask).logits - plain).abs().max() > 0.1
     with adapted.disable_adapter():
         assert torch.equal(adapted(ids, mask).logits, plain)
+
+
+def test_folding_in_puts_back_the_biases_that_lora_trains(folders, texts):
+    model, _ = load_model(folders["dream"])
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, lora_bias=True)
+    adapted = get_peft_model(model, lora).eval()
+    for name, bias in adapted.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            bias.data += 0.3
+    before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    expected = adapted(*texts).logits
+    with adapters_folded_in(adapted):
+        assert not torch.equal(adapted.state_dict()[BIAS], before[BIAS])
+        assert_close(adapted(*texts).logits, expected)
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+
+
+def test_an_adapter_that_is_merged_already_is_not_folded_in_twice(folders, texts):
+    model, _ = load_model(folders["dream"])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)).eval()
+    adapted.merge_adapter()
+    expected = adapted(*texts).logits
+    with (
+        pytest.raises(ValueError, match=r"merge_adapter_for_rollouts=True.*unmerge_adapter"),
+        adapters_folded_in(adapted),
+    ):
+        pass
+    assert torch.equal(adapted(*texts).logits, expected)
 
 
 @EVERY_KIND
@@ -293,6 +323,7 @@ def test_no_head_matches_a_lora_target_and_no_two_families_share_a_checkpoint():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"attention_dropout": 0.1},
         {"clip_qkv": 8.0},
         {"moe_layer_freq": [1, 0]},
         {"moe_router_enable_expert_bias": True},

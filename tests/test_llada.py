@@ -1,6 +1,7 @@
 """LLaDA's network and its loading: equal to the published equations, readable and writable in the published layout."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,37 @@ SHAPES = {
     "tied": {"weight_tying": True},
     "padded vocabulary": {"embedding_size": 32},
     "far rotary base": {"rope_theta": 500000.0, "mlp_hidden_size": None, "mlp_ratio": 2},
+}
+# What LLaDA-8B-Instruct's config.json says besides sizes and token ids.
+PUBLISHED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoConfig": "configuration_llada.LLaDAConfig"},
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "multi_query_attention": None,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+    "use_cache": False,
+    "weight_tying": False,
 }
 EVERY_SHAPE = pytest.mark.parametrize("settings", SHAPES.values(), ids=SHAPES.keys())
 
@@ -194,14 +226,8 @@ def test_loads_in_the_asked_precision(model, tokenizer, tmp_path):
 
 
 def test_reads_the_published_config_file(model, tokenizer, tmp_path):
-    # Keys of the published config.json that this network does not need, remote code among them.
     folder = saved(model, tokenizer, tmp_path)
-    unread = {"alibi": False, "attention_dropout": 0.0, "init_device": "meta", "layer_norm_type": "rms", "rope": True}
-    unread |= {"use_cache": False, "scale_logits": False, "block_group_size": 1, "input_emb_norm": False}
-    unread |= {
-        "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM", "AutoConfig": "configuration_llada.LLaDAConfig"}
-    }
-    edit_json(tmp_path / "config.json", **unread)
+    edit_json(tmp_path / "config.json", **PUBLISHED)
     loaded, _ = load_model(folder)
     assert torch.equal(loaded(torch.arange(5)[None]).logits, model(torch.arange(5)[None]).logits)
 
@@ -228,13 +254,34 @@ def test_every_missing_and_unexpected_weight_is_listed(model, tokenizer, tmp_pat
     assert "blocks.0.up_proj" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"block_type": "sequential"}, {"include_bias": True}, {"activation_type": "gelu"}], ids=str
-)
-def test_refuses_another_network_under_the_same_name(settings):
-    [(name, value)] = settings.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r}"):
-        LLaDAConfig(**settings)
+OTHERS = {
+    "activation_type": "gelu",
+    "alibi": True,
+    "attention_dropout": 0.1,
+    "attention_layer_norm": True,
+    "bias_for_layer_norm": True,
+    "block_group_size": 4,
+    "block_type": "sequential",
+    "clip_qkv": 8.0,
+    "embedding_dropout": 0.1,
+    "include_bias": True,
+    "include_qkv_bias": True,
+    "input_emb_norm": True,
+    "layer_norm_type": "default",
+    "layer_norm_with_affine": False,
+    "residual_dropout": 0.1,
+    "rope": False,
+    "rope_full_precision": False,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    "scale_logits": True,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_refuses_another_network_under_the_same_name(name):
+    LLaDAConfig(**PUBLISHED)
+    with pytest.raises(ValueError, match=re.escape(f"LLaDA checkpoint with {name}={OTHERS[name]!r}: ")):
+        LLaDAConfig(**(PUBLISHED | {name: OTHERS[name]}))
 
 
 @pytest.fixture
@@ -264,6 +311,23 @@ def without_mask_token(model, tokenizer, folder, mask_token_id: int) -> str:
 def test_takes_the_mask_token_from_the_config(model, tokenizer, tmp_path):
     loaded, loaded_tokenizer = load_model(without_mask_token(model, tokenizer, tmp_path, MASK))
     assert (loaded_tokenizer.mask_token, loaded.config.mask_token_id) == ("<mask>", MASK)
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+def test_refuses_a_mask_token_on_which_config_and_tokenizer_disagree(model, tokenizer, tmp_path):
+    folder = saved(model, tokenizer, tmp_path)
+    edit_json(tmp_path / "config.json", mask_token_id=3)
+    with pytest.raises(ValueError, match=rf"mask_token_id=3 in config.json.*'<mask>' is {MASK}\. Correct") as error:
+        load_model(folder)
+    assert f"model_name_or_path={folder!r}" in str(error.value)
+
+
+def test_takes_the_mask_token_from_the_tokenizer_where_the_config_has_none(model, tokenizer, tmp_path):
+    folder = saved(model, tokenizer, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert load_model(folder)[0].config.mask_token_id == MASK
 
 
 @pytest.mark.usefixtures("no_weights_are_read")

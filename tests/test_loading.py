@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from trl.trainer.utils import create_model_from_path
 
-from dgrpo.models import load_model
+from dgrpo.models import ScoringHead, ScoringPass, load_model
 from dgrpo.models.families import FAMILIES
 from dgrpo.models.loading import family_of, quantization
 
@@ -130,6 +131,31 @@ def test_a_saved_model_loads_again_with_equal_weights(tmp_path, kind):
     assert tokenizer_again.encode(published.TEXTS[0]) == tokenizer.encode(published.TEXTS[0])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "tied llada", "tied a2d-qwen3"])
+def test_a_resized_model_scores_saves_and_loads_again(tmp_path, kind):
+    tied = kind.startswith("tied")
+    kind = kind.removeprefix("tied ")
+    changes = {"weight_tying" if kind == "llada" else "tie_word_embeddings": tied}
+    weights = published.random_weights(published.CONFIGS[kind] | changes)
+    if tied:
+        weights.pop("model.transformer.ff_out.weight", None)
+    model, tokenizer = load_model(
+        published.write_checkpoint(tmp_path / "base", kind, weights, **changes), torch.bfloat16
+    )
+    before = model(IDS).logits
+    model.resize_token_embeddings(V + 8, mean_resizing=False)
+    logits = model(IDS).logits
+    assert type(model.get_output_embeddings()) is ScoringHead
+    assert (logits.dtype, logits.shape) == (torch.float32, (1, 9, V + 8))
+    torch.testing.assert_close(logits[..., :V], before, rtol=1e-5, atol=1e-5)
+    asked = ScoringPass(IDS, None, torch.tensor([4]), torch.tensor([0, 0]), torch.tensor([7, V + 7]))
+    [scores] = model(passes=[asked])
+    torch.testing.assert_close(scores.logps, logits[0, 4].log_softmax(-1)[[7, V + 7]], rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_model(tmp_path / "saved", torch.bfloat16)[0](IDS).logits, logits)
+
+
 def test_a_saved_dream_keeps_the_keys_that_its_published_code_reads(tmp_path):
     model, _ = load_model(published.write_checkpoint(tmp_path / "base", "dream"))
     model.save_pretrained(tmp_path / "saved")
@@ -172,6 +198,14 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter without its base model"):
         load_model(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["flex_attention", "paged|eager"])
+def test_attention_whose_masks_take_another_form_is_refused(tmp_path, kind, attention):
+    folder = published.write_checkpoint(tmp_path, kind)
+    with pytest.raises(ValueError, match=re.escape(f"attn_implementation={attention!r}: choose 'sdpa', 'eager'")):
+        load_model(folder, attn_implementation=attention)
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused_before_weights_are_read(tmp_path):

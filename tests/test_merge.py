@@ -6,10 +6,12 @@ from pathlib import Path
 import published
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_loading import IDS, KINDS, with_adapter
 
 from dgrpo.models import load_model
+from dgrpo.models.families import FAMILIES
 from dgrpo.models.merge import copy_companions, merge_adapters
 
 NUM_ADAPTED = {"llada": 14, "dream": 14, "llada_moe": 8, "a2d-qwen2": 14, "a2d-qwen3": 14, "a2d-llama": 14}
@@ -136,6 +138,37 @@ def test_a_tied_head_follows_the_embedding(tmp_path):
     assert "lm_head.weight" not in stored(output)
     merged, _ = load_model(output)
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "stored_head"),
+    [
+        ("a2d-qwen3", "lm_head", False),
+        ("a2d-qwen3", "embed_tokens", False),
+        ("a2d-qwen3", "lm_head", True),
+        ("llada", "tied_head", False),
+        ("llada", "wte", False),
+    ],
+)
+def test_a_tied_base_refuses_an_adapter_that_unties_it(tmp_path, kind, trained, stored_head):
+    tied = {"weight_tying": True} if kind == "llada" else {"tie_word_embeddings": True}
+    weights = published.random_weights(published.CONFIGS[kind] | tied)
+    weights.pop("model.transformer.ff_out.weight", None)
+    if stored_head:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    base = published.write_checkpoint(tmp_path / "base", kind, weights, **tied)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=FAMILIES[kind].lora_targets, r=2, modules_to_save=[trained]
+    )
+    adapted = get_peft_model(load_model(base)[0], lora)
+    adapted.save_pretrained(tmp_path / "untrained")
+    assert set(stored(merge_adapters(tmp_path / "untrained", tmp_path / "merged", base=base))) == set(weights)
+    [parameter] = [weight for name, weight in adapted.named_parameters() if "modules_to_save" in name]
+    parameter.data += 1
+    adapted.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match="base=.*tie_word_embeddings=True.*ensure_weight_tying=True"):
+        merge_adapters(tmp_path / "trained", tmp_path / "refused", base=base)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_a_single_file_without_index_is_written_as_one(tmp_path):

@@ -14,10 +14,13 @@ def adapters_folded_in(model: nn.Module) -> Iterator[None]:
 
     Afterwards the base weights are put back from a copy: subtracting the adapter again would leave its rounding in
     them, in bfloat16 a little more after each rollout. The copy takes the memory of the adapted weights.
-    ValueError for quantized base weights.
+    ValueError for quantized base weights and for adapters that are part of them already.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    if any(layer.merged for layer in layers):
+        raise ValueError("merge_adapter_for_rollouts=True: the adapter is merged already; unmerge_adapter() first.")
+    # All parameters: LoRA with lora_bias=True changes the bias as well.
+    weights = [weight for layer in layers for weight in layer.get_base_layer().parameters()]
     if not all(weight.is_floating_point() for weight in weights):
         raise ValueError("merge_adapter_for_rollouts=True: quantized weights cannot take an adapter in; leave it off.")
     saved = [weight.detach().clone() for weight in weights]

@@ -7,9 +7,9 @@ padding) and the head (a ScoringHead) differ.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
 
 
 def visible_keys(attention_mask: Tensor | None, num_queries: int, attention: str, dtype: torch.dtype) -> Tensor | None:
@@ -49,11 +49,6 @@ class BidirectionalReading(MaskPredictor):
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
         self.set_output_embeddings(self.lm_head)
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        # The class, not the module: weights that are tied, sharded or still on the meta device stay what they are.
-        new_embeddings.__class__ = ScoringHead
-        self.lm_head = new_embeddings
 
     @classmethod
     def can_generate(cls) -> bool:

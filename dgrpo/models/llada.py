@@ -12,6 +12,39 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
 
+# Keys of config.json that change the network, and the values of LLaDA-8B, which are those of the network here.
+_PUBLISHED = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "embedding_dropout": 0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_scaling": None,
+    "scale_logits": False,
+}
+
+
+def refuse_unpublished(family: str, keys: dict, published: dict) -> None:
+    """ValueError that names the keys which ask for another network than the published one; None asks for nothing."""
+    wrong = [name for name, value in published.items() if keys.get(name) not in (None, value)]
+    if wrong:
+        raise ValueError(
+            f"{family} checkpoint with {', '.join(f'{name}={keys[name]!r}' for name in wrong)}: only the published "
+            f"network, with {', '.join(f'{name}={published[name]!r}' for name in wrong)}, is implemented."
+        )
+
 
 class LLaDAConfig(PreTrainedConfig):
     """LLaDA's published configuration (OLMo-style names). Keys that this network does not read are kept."""
@@ -70,18 +103,13 @@ class LLaDAConfig(PreTrainedConfig):
         self.init_std = init_std
         self.mask_token_id = mask_token_id
         self.auto_map = kwargs.pop("auto_map", {})
-        kwargs.pop("tie_word_embeddings", None)
-        kwargs.pop("use_cache", None)
+        asked = kwargs | {"block_type": block_type, "activation_type": activation_type, "include_bias": include_bias}
+        refuse_unpublished("LLaDA", asked, _PUBLISHED)
+        for name in ("tie_word_embeddings", "use_cache", "rope_scaling"):
+            kwargs.pop(name, None)
         super().__init__(
             eos_token_id=eos_token_id, pad_token_id=pad_token_id, tie_word_embeddings=weight_tying, **kwargs
         )
-        unsupported = {"block_type": block_type != "llama", "include_bias": bool(include_bias)}
-        unsupported["activation_type"] = activation_type not in ("silu", "swiglu")
-        if wrong := [name for name, bad in unsupported.items() if bad]:
-            raise ValueError(
-                f"LLaDA checkpoint with {', '.join(f'{name}={getattr(self, name)!r}' for name in wrong)}: only the "
-                "published network (block_type 'llama', activation 'silu', no biases) is implemented."
-            )
 
 
 class RMSNorm(nn.Module):
@@ -207,8 +235,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer["wte"]
 
-    def set_input_embeddings(self, embedding: nn.Module) -> None:
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         self.transformer["wte"] = embedding
+        # transformers notes a new number of rows in vocab_size alone.
+        self.config.embedding_size = embedding.num_embeddings
 
     def forward(
         self,
@@ -256,17 +286,11 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, embedding: nn.Module) -> None:
+    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
         self.model.set_input_embeddings(embedding)
 
     def get_output_embeddings(self) -> ScoringHead:
         return self.tied_head if self.config.weight_tying else self.model.transformer["ff_out"]
-
-    def set_output_embeddings(self, head: nn.Module) -> None:
-        if self.config.weight_tying:
-            self.tied_head = head
-        else:
-            self.model.transformer["ff_out"] = head
 
     def hidden_states(
         self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE

@@ -10,8 +10,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dgrpo.models.llada import RMSNorm, eager_attention, rotary_table, rotate
+from dgrpo.models.llada import RMSNorm, eager_attention, refuse_unpublished, rotary_table, rotate
 from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
+
+# Keys of config.json that change the network, and the published values, which are those of the network here.
+_PUBLISHED = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "clip_qkv": None,
+    "hidden_act": "silu",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_score_function": "softmax",
+    "norm_topk_prob": False,
+    "partial_rotary_factor": 1,
+    "rope_scaling": None,
+    "routed_scaling_factor": 1,
+    "router_num_group": None,
+    "router_topk_group": None,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+}
 
 
 class LLaDAMoEConfig(PreTrainedConfig):
@@ -60,41 +78,14 @@ class LLaDAMoEConfig(PreTrainedConfig):
         self.hidden_act = hidden_act
         self.mask_token_id = mask_token_id
         self.auto_map = kwargs.pop("auto_map", {})
-        _refuse_unpublished(hidden_act=hidden_act, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        asked = kwargs | {"hidden_act": hidden_act, "tie_word_embeddings": tie_word_embeddings}
+        refuse_unpublished("LLaDA-MoE", asked, _PUBLISHED | {"moe_layer_freq": [1] * num_hidden_layers})
         # Not kept: transformers gives the first two another meaning, and TRL takes a model that has the third for one
         # that returns a load-balancing loss.
         for name in ("use_cache", "rope_scaling", "output_router_logits"):
             kwargs.pop(name, None)
         kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "tie_word_embeddings": False}
         super().__init__(**kwargs)
-
-
-def _refuse_unpublished(**keys) -> None:
-    """ValueError that names the keys which ask for more than the published network."""
-    published = {
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "clip_qkv": None,
-        "moe_router_enable_expert_bias": False,
-        "moe_router_score_function": "softmax",
-        "norm_topk_prob": False,
-        "partial_rotary_factor": 1,
-        "rope_scaling": None,
-        "routed_scaling_factor": 1,
-        "router_num_group": None,
-        "router_topk_group": None,
-        "shared_expert_intermediate_size": None,
-    }
-    wrong = {name: keys[name] for name, value in published.items() if keys.get(name) not in (None, value)}
-    if not all(keys.get("moe_layer_freq") or [1]):
-        wrong["moe_layer_freq"] = keys["moe_layer_freq"]
-    if wrong:
-        raise ValueError(
-            f"LLaDA-MoE checkpoint with {', '.join(f'{name}={value!r}' for name, value in wrong.items())}: only the "
-            "published network (experts in every layer, plain softmax routing, full rotary positions, no biases, "
-            "untied head) is implemented."
-        )
 
 
 class Expert(nn.Module):

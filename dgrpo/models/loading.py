@@ -129,11 +129,20 @@ def load_tokenizer(
     return tokenizer
 
 
-def set_mask_token(tokenizer: PreTrainedTokenizerBase, family: Family, config: PreTrainedConfig) -> None:
+def set_mask_token(
+    tokenizer: PreTrainedTokenizerBase, family: Family, config: PreTrainedConfig, stated: int | None
+) -> None:
     """Give the tokenizer the mask token that the checkpoint was trained with: its own, config.json's or the family's.
 
-    ValueError where the vocabulary has none of them.
+    `stated` is what config.json itself says. ValueError where the tokenizer says another, and where the vocabulary
+    has no mask token.
     """
+    if stated is not None and tokenizer.mask_token_id not in (None, stated):
+        raise ValueError(
+            f"model_name_or_path={tokenizer.name_or_path!r}: mask_token_id={stated} in config.json, where the "
+            f"tokenizer's mask token {tokenizer.mask_token!r} is {tokenizer.mask_token_id}. Correct config.json, or "
+            "`mask_token` in tokenizer_config.json: one of them is not what the checkpoint was trained with."
+        )
     if tokenizer.mask_token_id is None:
         mask_id = family.mask_token_id if config.mask_token_id is None else config.mask_token_id
         token = None if mask_id is None else tokenizer.convert_ids_to_tokens(mask_id)
@@ -225,7 +234,7 @@ def load_model(
     config = load_config(name_or_path, revision, convert=convert)
     tokenizer = load_tokenizer(name_or_path, family, config, revision)
     if convert is None:
-        set_mask_token(tokenizer, family, config)
+        set_mask_token(tokenizer, family, config, read_config(name_or_path, revision).get("mask_token_id"))
     network: Any = family.model_class
     model, report = network.from_pretrained(
         name_or_path,

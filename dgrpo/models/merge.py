@@ -49,8 +49,12 @@ def merge_adapters(
         raise ValueError(f"base={str(base)!r} is stored as {', '.join(quantized)}: name the full-precision weights.")
     # Weights of mixed precision go through float32 and come back unchanged.
     model: Any = load_model(source, _DTYPES[stored.pop()] if len(stored) == 1 else torch.float32)[0]
+    tied = model.config.tie_word_embeddings
     for adapter in adapters:
         model = put_adapter(model, str(adapter), is_trainable=False).merge_and_unload(safe_merge=True)
+        # PEFT turns this off where the adapter holds a head of its own; the file that is copied still says otherwise.
+        model.config.tie_word_embeddings = tied
+    _refuse_untied(model, str(base))
     weights = model.state_dict()
     output.mkdir(parents=True, exist_ok=True)
     for shard in shards:
@@ -73,6 +77,17 @@ def _base_of(adapters: list) -> str:
             "one, it holds it already: fold it alone. If it was trained with the others folded in, give `base`."
         )
     return base
+
+
+def _refuse_untied(model, base: str) -> None:
+    """ValueError where the base stores one weight for embedding and head, and the adapters made two of it."""
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise ValueError(
+            f"base={base!r} has tie_word_embeddings=True, and with the adapters its head is no longer its embedding: "
+            "the base's layout holds only one of them. Set ensure_weight_tying=True in the LoraConfig, leave both out "
+            "of modules_to_save, or train on a copy of the base that is saved untied."
+        )
 
 
 def copy_companions(source: str | Path, output_dir: str | Path) -> None:

@@ -232,11 +232,22 @@ class MaskPredictor:
     logit_shift = 0
 
     def __init__(self, config, *args, **kwargs):
+        attention = config._attn_implementation or "sdpa"
+        if attention not in ("sdpa", "eager") and "flash" not in attention:
+            # Flex attention, for one, would add a mask of trues and falses to its scores.
+            raise ValueError(f"attn_implementation={attention!r}: choose 'sdpa', 'eager' or 'flash_attention_2'.")
         super().__init__(config, *args, **kwargs)
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
         # PEFT's causal wrapper looks this up when it is built. Set on the instance: a method of the class would make
         # transformers treat the model as one that its own generate() can drive.
         self.prepare_inputs_for_generation = _refuse_generate
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Puts a linear layer, such as resize_token_embeddings makes, where the head was, as a `ScoringHead`."""
+        # The class, not the module: weights that are tied, sharded or still on the meta device stay what they are.
+        new_embeddings.__class__ = ScoringHead
+        head = self.get_output_embeddings()
+        self.set_submodule(next(name for name, module in self.named_modules() if module is head), new_embeddings)
 
     def forward(
         self,
