@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dgrpo.estimators import elbo
 from dgrpo.logprobs import per_token_logps
 from dgrpo.sampling.denoise import evaluating
+from dgrpo.sampling.rollout import check_prompts
 from dgrpo.views import MaskedViews
 
 
@@ -30,8 +31,9 @@ def log_likelihood(
     LLaDA's likelihood (arXiv:2502.09992, eq. 6 and appendix B.5): the mean over `num_samples` masked pictures of
     C/l * sum over the l hidden tokens of log p(token | picture), l uniform in {1..C}; `complementary` draws pairs of a
     picture and its complement instead, twice as many pictures. prompt_ids [B, P]; `prompt_mask` [B, P] is False on
-    the padding; completion_ids [B, C], every token of which is scored. `batch_size` pictures go through the
-    network at a time; it does not change the result. Published: 128 samples; 1 is exact for a single token.
+    the padding, which comes first, and has a token in each row where logits are shifted (Dream); completion_ids
+    [B, C], every token of which is scored. `batch_size` pictures go through the network at a time; it does not change
+    the result. Published: 128 samples; 1 is exact for a single token.
     """
     if prompt_ids.dim() != 2 or completion_ids.dim() != 2 or len(prompt_ids) != len(completion_ids):
         raise ValueError(
@@ -42,6 +44,8 @@ def log_likelihood(
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     if prompt_mask is None:
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    # Before anything is cut off: what is left of a row padded on the right could pass for a whole one.
+    prompt_mask = check_prompts(prompt_ids, prompt_mask, may_be_empty=not getattr(model, "logit_shift", 0))
     rows = SimpleNamespace(
         prompt_mask=prompt_mask,
         completion_ids=completion_ids,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
+from dgrpo.sampling.rollout import check_prompts
 from dgrpo.views import MaskedViews
 
 
@@ -126,9 +127,13 @@ def per_token_logps(
     """The estimate of log p(completion_k | prompt), [B, C] float32: the views' weighted sum (see MaskedViews).
 
     `reduce=None` gives the unweighted log-probabilities of every view, [B, N, C]. `settings` are those of score_views.
+    Prompts are padded on the left, and none is empty where logits are shifted (Dream).
     """
     if reduce not in ("sum", None):
         raise ValueError(f"reduce={reduce!r}: choose 'sum' (weighted sum over views) or None (all views).")
+    # A shifted model reads the first token from the prompt's last one. Here and not in score_views: this waits for
+    # the device, as does views.check().
+    check_prompts(prompt_ids, prompt_mask, may_be_empty=not getattr(model, "logit_shift", 0))
     logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings).logps
     return logps if reduce is None else (views.weights * logps).sum(1)
 

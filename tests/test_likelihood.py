@@ -109,6 +109,26 @@ def test_double_precision_weights_give_the_same(tiny_llada):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+def test_prompts_padded_on_the_right_are_refused(model):
+    # With a single row, cutting its shared padding off would leave nothing that looks wrong.
+    ids, mask = completions(1, 4), torch.tensor([[True, True, False, False]])
+    with pytest.raises(ValueError, match="prompt_mask: prompts must be padded on the left"):
+        log_likelihood(model, ids, completions(1, 3), generator=seeded(), prompt_mask=mask)
+    with pytest.raises(ValueError, match=r"prompt_ids \[1, 4\] and prompt_mask \[1, 3\]"):
+        log_likelihood(model, ids, completions(1, 3), generator=seeded(), prompt_mask=mask[:, 1:])
+
+
+def test_an_empty_prompt_is_refused_where_the_first_token_is_read_from_it(model):
+    ids, tokens, mask = completions(2, 3), completions(2, 1), torch.tensor([[False] * 3, [True] * 3])
+    result = log_likelihood(model, ids, tokens, 1, generator=seeded(), prompt_mask=mask)
+    alone = model(torch.tensor([[model.config.mask_token_id]])).logits[0, 0].log_softmax(-1)[tokens[0, 0]]
+    assert result[0].item() == pytest.approx(alone.item(), abs=1e-5)
+    model.logit_shift = 1
+    for width in (3, 0):
+        with pytest.raises(ValueError, match="prompt_mask: a prompt is empty; give each at least one token"):
+            log_likelihood(model, ids[:, :width], tokens, 1, generator=seeded(), prompt_mask=mask[:, :width])
+
+
 def test_shapes_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match=r"\[B, P\] and \[B, C\]"):
         log_likelihood(model, completions(2, 3), completions(3, 3), generator=seeded())

@@ -145,6 +145,19 @@ def test_integer_prompt_mask_means_the_same(model, rollout):
     assert torch.equal(per_token_logps(model, prompt_ids, prompt_mask.long(), completion_ids, views), expected)
 
 
+def test_prompts_that_would_be_misread_are_refused(model, rollout):
+    views = random_views(rollout, 1)
+    prompt_ids, prompt_mask, completion_ids = inputs(rollout)
+    with pytest.raises(ValueError, match="prompt_mask: prompts must be padded on the left"):
+        per_token_logps(model, prompt_ids, prompt_mask.flip(1), completion_ids, views)
+    empty = prompt_mask & (torch.arange(6) > 0)[:, None]
+    per_token_logps(model, prompt_ids, empty, completion_ids, views)
+    model.logit_shift = 1
+    per_token_logps(model, prompt_ids, prompt_mask, completion_ids, views)
+    with pytest.raises(ValueError, match="prompt_mask: a prompt is empty; give each at least one token"):
+        per_token_logps(model, prompt_ids, empty, completion_ids, views)
+
+
 @pytest.mark.parametrize("rows", [[0], [2], [0, 1, 2, 3, 4], [5]], ids=str)
 def test_rows_without_any_scored_token_do_not_disturb_the_others(model, rollout, rows):
     views = random_views(rollout, 2)

@@ -15,11 +15,13 @@ from reference import denoise_greedily, llada_logits, shares, until_eos
 
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.cache import WindowCache
-from dgrpo.sampling.draw import draw, uniform
+from dgrpo.sampling.denoise import _ORDER_STREAM
+from dgrpo.sampling.draw import draw, may_commit, uniform
 from dgrpo.wide import first_argmax, inverse_cdf
 
 BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
 ALL_RULES = {"threshold": {"threshold": 0.4}, "factor": {"factor": 1.2}, "entropy_bound": {"entropy_bound": 1.5}}
+ALL_ORDERS = ["low_confidence", "random", "entropy", "topk_margin"]
 CACHES = {"exact": {}, "prefix": {"cache": "prefix"}, "dual": {"cache": "dual"}}
 
 
@@ -116,6 +118,27 @@ def test_greedy_order_is_the_published_one_where_confidences_round_to_one(tiny_l
     assert rounded > 10
 
 
+@pytest.mark.parametrize("remasking", ["entropy", "topk_margin"])
+def test_other_orders_are_told_apart_where_they_round_too(tiny_llada, prompts, remasking):
+    # A probability margin of float32 is 1.0 wherever the second word has less than 3e-8.
+    margins = []
+    for seed in range(4):
+        model = without_end(tiny_llada(seed=seed))
+        with torch.no_grad():
+            model.get_output_embeddings().weight *= 10
+        rollout = generate(model, *prompts, SamplerConfig(12, 12, 12, remasking=remasking))
+        for row in range(5):
+            for _, ids, committed in pictures(rollout, row):
+                log_probs = plain(model)(ids)[-12:].log_softmax(-1)
+                best, others = log_probs.topk(VOCAB).values.split([1, VOCAB - 1], 1)
+                order = (log_probs.exp() * log_probs).sum(-1)
+                if remasking == "topk_margin":
+                    order = -torch.logaddexp(others.logsumexp(-1), others[:, 0])
+                    margins.append((best[committed, 0].exp() - others[committed, 0].exp()).float().item())
+                assert order.masked_fill(ids[-12:] != MASK, -torch.inf).argmax() == committed.int().argmax()
+    assert remasking == "entropy" or margins.count(1.0) > 10
+
+
 def test_given_tokens_stay_and_the_rest_is_denoised_around_them(model, prompts):
     ids, mask = prompts
     generator = torch.Generator().manual_seed(8)
@@ -139,6 +162,16 @@ def test_given_tokens_stay_and_the_rest_is_denoised_around_them(model, prompts):
     assert (rollout.revealed_at[~given] >= 0).all()
 
 
+def test_a_given_mask_token_is_a_free_place(model, prompts):
+    fixed = torch.full((5, 12), -1)
+    fixed[:, 3] = 4
+    free = generate(model, *prompts, BLOCKS, fixed=fixed)
+    assert_same(generate(model, *prompts, BLOCKS, fixed=fixed.masked_fill(fixed < 0, MASK)), free)
+    for strange in (-2, VOCAB):
+        with pytest.raises(ValueError, match=rf"fixed: {strange} is not of the {VOCAB} words.*-1 where free"):
+            generate(model, *prompts, BLOCKS, fixed=fixed.masked_fill(fixed == 4, strange))
+
+
 @pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES.keys())
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_stopping_at_the_end_token_changes_no_token_and_saves_passes(model, prompts, temperature, settings):
@@ -148,17 +181,17 @@ def test_stopping_at_the_end_token_changes_no_token_and_saves_passes(model, prom
     stopped = generate(model, *prompts, config, row_keys=keys(5))
     full = generate(model, *prompts, replace(config, stop_at_eos=False), row_keys=keys(5))
     alive = stopped.completion_mask
-    assert torch.equal(stopped.completion_ids, full.completion_ids)
-    assert torch.equal(alive, full.completion_mask)
+    assert_same(stopped, full)
     for rollout in (stopped, full):
         assert torch.equal(rollout.completion_ids[alive], free.completion_ids[alive])
         assert torch.equal(rollout.revealed_at[alive], free.revealed_at[alive])
-    # Every row has ended by its seventh token. Later blocks never open, and the trace says so.
+    # Every row has ended by its seventh token. Later blocks never open; the trace keeps nothing after the end.
     done = (int(alive.sum(1).max()) + 3) // 4 * 4
     assert done <= 8
     assert (stopped.num_forwards, full.num_forwards) == (done, 24)
-    assert (stopped.revealed_at[:, done:] == stopped.num_steps).all()
-    assert (stopped.confidence[:, done:] == 0).all()
+    assert (full.revealed_at[~alive] == full.num_steps).all()
+    assert (full.confidence[~alive] == 0).all()
+    assert (full.entropy[~alive] == 0).all()
 
 
 def test_every_end_token_ends_a_row_and_the_first_one_fills_it(model, prompts):
@@ -230,7 +263,7 @@ def test_what_a_draw_says_of_the_distribution(monkeypatch, remasking, temperatur
     order = {
         "low_confidence": (chosen / (probs.sum(-1) - chosen).clamp(min=1e-300)).log(),
         "entropy": -entropy,
-        "topk_margin": top[:, 0] - top[:, 1],
+        "topk_margin": -(1 - top[:, 0] + top[:, 1]).log(),
     }
     torch.testing.assert_close(drawn.order[1:].double(), order[remasking][1:], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("dgrpo.sampling.draw.MAX_DRAW_BYTES", 7 * 4 * 300)
@@ -305,8 +338,8 @@ def test_noise_is_uniform_and_independent_across_rows_steps_and_positions():
     assert correlation.abs().max() < 4 / count**0.5
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy", "topk_margin"])
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("remasking", ALL_ORDERS)
 def test_neither_mask_nor_a_row_beyond_the_vocabulary_is_ever_drawn(tiny_llada, prompts, temperature, remasking):
     model = tiny_llada(embedding_size=30)
 
@@ -315,10 +348,23 @@ def test_neither_mask_nor_a_row_beyond_the_vocabulary_is_ever_drawn(tiny_llada, 
 
     model.get_output_embeddings().register_forward_hook(favour)
     config = replace(BLOCKS, temperature=temperature, remasking=remasking)
-    rollout = generate(model, *prompts, config, row_keys=keys(5))
+    rollout = generate(without_end(model), *prompts, config, row_keys=keys(5))
     assert not (rollout.completion_ids == MASK).any()
     assert (rollout.completion_ids < VOCAB).all()
     assert (rollout.confidence[rollout.revealed_at < 8] < 1e-6).all()  # the model believed in [MASK]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e30])
+def test_extreme_temperatures_are_the_limits(temperature):
+    logits = torch.randn(4000, 30, generator=torch.Generator().manual_seed(1)) * 5
+    noise = torch.rand(4000, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    drawn = draw(logits.clone(), noise, SamplerConfig(temperature=temperature), 7, 28).tokens
+    allowed = [word for word in range(28) if word != 7]
+    if temperature < 1:
+        assert torch.equal(drawn, torch.tensor(allowed)[logits[:, allowed].argmax(1)])
+    else:
+        assert_frequencies(drawn.bincount(minlength=30)[allowed], torch.full((27,), 1 / 27))
+        assert torch.isin(drawn, torch.tensor(allowed)).all()
 
 
 INVARIANT = {
@@ -432,10 +478,13 @@ def test_replaying_the_trace_gives_back_every_step(model, prompts, remasking, te
         assert counts == shares(6, 4) * 2
 
 
-@pytest.mark.parametrize("settings", ALL_RULES.values(), ids=ALL_RULES.keys())
-def test_parallel_rules_commit_what_they_say_and_at_least_one_token(model, prompts, settings):
-    config = replace(BLOCKS, logits_eos_inf=True, **settings)
-    rollout = generate(model, *prompts, config)
+@pytest.mark.parametrize(
+    ("rule", "remasking"),
+    [("factor", "low_confidence"), *itertools.product(("threshold", "entropy_bound"), ALL_ORDERS)],
+)
+def test_parallel_rules_commit_what_they_say_and_at_least_one_token(model, prompts, rule, remasking):
+    config = replace(BLOCKS, logits_eos_inf=True, remasking=remasking, **ALL_RULES[rule])
+    rollout = generate(model, *prompts, config, row_keys=keys(5))
     sizes = []
     for row in range(5):
         steps = []
@@ -443,24 +492,22 @@ def test_parallel_rules_commit_what_they_say_and_at_least_one_token(model, promp
             logits = plain(model)(ids)[-12:]
             logits[:, EOS] = -torch.inf
             probs = logits.softmax(-1)
-            confidence = probs.index_fill(1, torch.tensor(MASK), -1).max(-1).values.tolist()
+            best, token = probs.index_fill(1, torch.tensor(MASK), -1).max(-1)
+            confidence, order = best.tolist(), order_by(remasking, logits, token)
+            if remasking == "random":
+                order = uniform(keys(5)[row, None], step + _ORDER_STREAM, torch.arange(12)[None])[0]
             entropy = torch.special.entr(probs).sum(-1).tolist()
             candidates = [at for at in range(12) if ids[at - 12] == MASK and at // 6 == step // 6]
-            candidates.sort(key=lambda at: -confidence[at])
-            allowed = [candidates[0]]
-            for count in range(2, len(candidates) + 1):
-                first = candidates[:count]
-                if "threshold" in settings:
-                    fine = confidence[first[-1]] >= 0.4
-                elif "factor" in settings:
-                    fine = all((n + 1) * (1 - confidence[at]) < 1.2 for n, at in enumerate(first, 1))
-                else:
-                    fine = all(
-                        sum(entropy[at] for at in first[:n]) - max(entropy[at] for at in first[:n]) <= 1.5
-                        for n in range(1, count + 1)
-                    )
-                if fine:
-                    allowed = first
+            candidates.sort(key=lambda at: -order[at])
+            if rule == "threshold":
+                allowed = [at for at in candidates if confidence[at] >= 0.4]
+            elif rule == "factor":
+                fine = [(n + 1) * (1 - confidence[at]) < 1.2 for n, at in enumerate(candidates, 1)]
+                allowed = candidates[: [*fine, False].index(False)]
+            else:
+                prefixes = [[entropy[at] for at in candidates[:n]] for n in range(1, len(candidates) + 1)]
+                allowed = candidates[: sum(sum(each) - max(each) <= 1.5 for each in prefixes)]
+            allowed = allowed or candidates[:1]
             assert sorted(allowed) == committed.nonzero()[:, 0].tolist()
             steps.append(step)
             sizes.append(len(allowed))
@@ -471,6 +518,13 @@ def test_parallel_rules_commit_what_they_say_and_at_least_one_token(model, promp
     assert min(sizes) == 1
     passes = sum(int((rollout.revealed_at // 6 == b).mul(rollout.revealed_at % 6 + 1).max()) for b in (0, 1))
     assert rollout.num_forwards == passes
+
+
+def test_threshold_takes_the_first_open_position_only_where_no_open_one_passes():
+    probs = torch.tensor([[0.3, 0.9, 0.2, 0.9], [0.3, 0.2, 0.1, 0.3], [0.3, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]])
+    is_open = torch.arange(4) < torch.tensor([4, 4, 1, 0])[:, None]
+    committed = may_commit(probs, torch.zeros(4, 4), is_open, SamplerConfig(threshold=0.5))
+    assert committed.tolist() == [[False, True, False, True], [True] + [False] * 3, [True] + [False] * 3, [False] * 4]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
@@ -529,8 +583,9 @@ def test_logits_eos_inf_never_draws_the_end_token(model, prompts):
     assert generate(model, *prompts, replace(BLOCKS, logits_eos_inf=True)).completion_mask.all()
 
 
-def test_confidence_eos_eot_inf_commits_end_tokens_last(model, prompts):
-    config = SamplerConfig(6, 6, 6)
+@pytest.mark.parametrize("settings", [{}, *ALL_RULES.values()], ids=["fixed schedule", *ALL_RULES])
+def test_confidence_eos_eot_inf_commits_end_tokens_last(model, prompts, settings):
+    config = SamplerConfig(6, 6, 6, **settings)
     ends = generate(without_end(model), *prompts, config).completion_ids.flatten().bincount().topk(3).indices
     model.generation_config.eos_token_id = ends.tolist()
     canvases = []
@@ -545,6 +600,17 @@ def test_confidence_eos_eot_inf_commits_end_tokens_last(model, prompts):
             assert not torch.isin(after[before != after], ends).any()
             postponed += int(is_end[best.masked_fill(~is_open, -1).argmax()])
     assert postponed
+
+
+def test_an_end_token_waits_for_open_places_alone(model, prompts):
+    # One open place of the first row beside six of the others: the five that are given keep it from nothing.
+    fixed = torch.full((5, 6), -1)
+    fixed[0, :5] = torch.arange(10, 15)
+    config = SamplerConfig(6, 6, 6, threshold=1.1, confidence_eos_eot_inf=True)
+    end = generate(without_end(model), *prompts, config, fixed=fixed).completion_ids[0, 5].item()
+    assert end not in range(10, 15)
+    model.generation_config.eos_token_id = end
+    assert generate(model, *prompts, config, fixed=fixed).revealed_at[0].tolist() == [-1] * 5 + [0]
 
 
 # What sampling leaves alone
@@ -660,6 +726,13 @@ def test_rows_of_one_prompt_share_the_first_pass(model, prompts):
         ({"cache": "dual", "cache_refresh": 0}, r"cache_refresh=0: .*at least 1 step"),
         ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),
         ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one of threshold, factor and entropy_bound"),
+        ({"factor": 1.0, "remasking": "random"}, r"factor=1.0: .*remasking='random' sorts otherwise. Take low_conf"),
+        ({"temperature": float("nan")}, r"temperature=nan: must be a finite number"),
+        ({"temperature": float("inf")}, r"temperature=inf: must be a finite number"),
+        ({"cfg_scale": float("inf")}, r"cfg_scale=inf: must be a finite number"),
+        ({"threshold": float("nan")}, r"threshold=nan: must be a finite number"),
+        ({"factor": float("inf")}, r"factor=inf: must be a finite number"),
+        ({"entropy_bound": float("inf")}, r"entropy_bound=inf: must be a finite number"),
         ({"factor": 1.0, "entropy_bound": 0.1}, r"factor=1.0: set only one of threshold, factor and entropy_bound"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

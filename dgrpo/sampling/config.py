@@ -1,6 +1,7 @@
 """Settings of the reverse process."""
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Literal
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
@@ -27,7 +28,7 @@ class SamplerConfig:
     cfg_scale: float = 0.0
     # Rows stop after the block in which they ended; tokens up to the first end-of-text token are not affected.
     stop_at_eos: bool = True
-    # LLaDA's evaluation switches: never draw EOS; commit end-of-text tokens last.
+    # LLaDA's evaluation switches: never draw EOS; commit a block's end-of-text tokens last.
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     # Approximations, all opt-in. Keys and values of the finished prefix ("prefix"), or of everything outside the
@@ -37,7 +38,8 @@ class SamplerConfig:
     cache_refresh: int | None = None
     # Parallel decoding, one of three: commit every token at least this probable; the longest prefix of the sorted
     # confidences with (n + 1) * (1 - c_n) < factor (Fast-dLLM); or while sum(H) - max(H) stays within a bound in nats
-    # (EB-Sampler, arXiv:2505.24857). At least one token is committed; `diffusion_steps` no longer counts.
+    # (EB-Sampler, arXiv:2505.24857, in the order of `remasking`). Where that is none, the first one is committed;
+    # `diffusion_steps` no longer counts.
     threshold: float | None = None
     factor: float | None = None
     entropy_bound: float | None = None
@@ -49,6 +51,9 @@ class SamplerConfig:
         for field in ("max_completion_length", "block_length", "diffusion_steps"):
             if getattr(self, field) < 1:
                 refuse(field, "must be at least 1.")
+        for field in ("temperature", "cfg_scale", "threshold", "factor", "entropy_bound"):
+            if getattr(self, field) is not None and not isfinite(getattr(self, field)):
+                refuse(field, "must be a finite number.")
         if self.max_completion_length % self.block_length:
             refuse("block_length", f"must divide max_completion_length={self.max_completion_length}.")
         num_blocks = self.max_completion_length // self.block_length
@@ -78,6 +83,12 @@ class SamplerConfig:
         rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
         if len(rules) > 1:
             refuse(rules[0], "set only one of threshold, factor and entropy_bound.")
+        if self.factor is not None and self.remasking != "low_confidence":
+            refuse(
+                "factor",
+                f"is a rule on sorted confidences; remasking={self.remasking!r} sorts otherwise. Take low_confidence, "
+                "or threshold or entropy_bound.",
+            )
 
     @property
     def num_blocks(self) -> int:

@@ -129,16 +129,22 @@ class Denoiser:
         order = drawn.order
         if config.remasking == "random":
             order = uniform(self.keys, step + _ORDER_STREAM, columns).flatten().float()
+        order = order.view(columns.shape)
         if config.confidence_eos_eot_inf:
-            order = order.masked_fill(torch.isin(drawn.tokens, self.end_ids), NEVER)
-        order = order.view(columns.shape).masked_fill(~is_open, -torch.inf)
+            is_end = torch.isin(drawn.tokens, self.end_ids).view(columns.shape)
+            if budget is None:
+                # However sure, they are no candidates while an ordinary token is: a rule must not see them beside it.
+                is_open &= ~is_end | ~(is_open & ~is_end).any(1, keepdim=True)
+            else:
+                order = order.masked_fill(is_end, NEVER)
+        order = order.masked_fill(~is_open, -torch.inf)
         most = width if budget is None else int(budget.max())
         picked = order.argsort(dim=1, descending=True, stable=True)[:, :most]
         tokens, probs, entropy = (
             value.view(columns.shape).gather(1, picked) for value in (drawn.tokens, drawn.probs, drawn.entropy)
         )
         if budget is None:
-            committed = may_commit(probs, entropy, config) & is_open.gather(1, picked)
+            committed = may_commit(probs, entropy, is_open.gather(1, picked), config)
         else:
             committed = torch.arange(most, device=picked.device) < budget.to(picked.device)[:, None]
         columns = columns.gather(1, picked)

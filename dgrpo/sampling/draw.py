@@ -13,6 +13,8 @@ from dgrpo.wide import first_argmax, inverse_cdf, row_products
 MAX_DRAW_BYTES = 16 * 2**20
 # A logit far below any other, yet finite: its product with a probability of 0 is 0.
 NEVER = -1e30
+# Beyond these a temperature changes nothing: logits are equal or infinitely far apart, and NEVER must stay far below.
+TEMPERATURES = (1e-20, 1e20)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -73,7 +75,8 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
     if noise is None:
         tokens = first_argmax(logits)[:, None]
     else:
-        scaled = mass if config.temperature == 1 else (logits / config.temperature).exp_()
+        temperature = min(max(config.temperature, TEMPERATURES[0]), TEMPERATURES[1])
+        scaled = mass if temperature == 1 else (logits / temperature).exp_()
         tokens = inverse_cdf(scaled, noise)[:, None]
     token_logit = logits.gather(-1, tokens)
     # The token apart: how little the others have is lost in 1 - p.
@@ -89,23 +92,27 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
     if config.remasking == "entropy":
         order = -entropy
     elif config.remasking == "topk_margin":
+        # -log(1 - margin), for the same reason: what all but the likeliest have, and the second once more.
         logits[:, mask_token_id] = mask_logit[:, 0]
-        order = (logits.topk(2).values - log_total).exp().diff().neg()
+        top, likeliest = logits.topk(2)
+        rest = logits.sub_(top[:, :1]).exp_().scatter_(-1, likeliest[:, :1], 0).sum(-1, keepdim=True)
+        order = rest.log1p() - (rest + top.diff().exp()).log()
     return Drawn(tokens[:, 0], log_odds.sigmoid()[:, 0], entropy[:, 0], order[:, 0])
 
 
-def may_commit(probs: Tensor, entropy: Tensor, config: SamplerConfig) -> Tensor:
-    """Positions that one step commits together under the config's rule, at least the first, [B, n] bool.
+def may_commit(probs: Tensor, entropy: Tensor, is_open: Tensor, config: SamplerConfig) -> Tensor:
+    """Positions that one step commits together under the config's rule, [B, n] bool: the first where none is fine.
 
-    probs and entropy [B, n] are those of the drawn tokens, in the order of commitment.
+    probs, entropy and is_open [B, n] are in the order of commitment, open positions first. The entropy bound holds in
+    any such order.
     """
     if config.threshold is not None:
-        fine = probs >= config.threshold
+        fine = (probs >= config.threshold) & is_open
     elif config.factor is not None:
         count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
         fine = ((count + 1) * (1 - probs) < config.factor).cumprod(1).bool()
     else:
         assert config.entropy_bound is not None
         fine = (entropy.cumsum(1) - entropy.cummax(1).values <= config.entropy_bound).cumprod(1).bool()
-    fine[:, 0] = True
-    return fine
+    fine[:, 0] |= ~fine.any(1)
+    return fine & is_open

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
-from dgrpo.sampling.rollout import Rollout, ended
+from dgrpo.sampling.rollout import Rollout, check_prompts, ended
 
 
 def end_token_ids(model: Any) -> Tensor:
@@ -42,25 +42,15 @@ def generate(
 
     prompt_ids, prompt_mask [B, P], padded on the left. The noise of a row is a function of its key: `row_keys` [B]
     int64 if given, else drawn from `generator`; the global random state is neither read nor changed. `fixed` [B, C]
-    holds token ids that are given in advance and -1 elsewhere; those after an end give way to EOS. `group` [B] numbers
-    the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a time, sorted by
-    prompt length. `any_rank` tells whether a flag is true on any process; pass it where all processes must make the
-    same number of passes.
+    holds token ids that are given in advance and -1 or [MASK] elsewhere; those after an end give way to EOS. `group`
+    [B] numbers the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a
+    time, sorted by prompt length. `any_rank` tells whether a flag is true on any process; pass it where all processes
+    must make the same number of passes.
     """
-    if prompt_ids.shape != prompt_mask.shape or prompt_ids.dim() != 2:
-        raise ValueError(
-            f"prompt_ids {list(prompt_ids.shape)} and prompt_mask {list(prompt_mask.shape)} must be equal [B, P]."
-        )
+    prompt_mask = check_prompts(prompt_ids, prompt_mask)
     if len(prompt_ids) == 0:
         raise ValueError("prompt_ids: there are no rows to sample.")
-    if not prompt_mask.bool().any(1).all():
-        raise ValueError(
-            "prompt_mask: a prompt is empty; give each at least one token, such as the one that begins a text."
-        )
     num_rows, device = len(prompt_ids), prompt_ids.device
-    prompt_mask = prompt_mask.bool()
-    if prompt_mask.shape[1] > 1 and (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
-        raise ValueError("prompt_mask: prompts must be padded on the left.")
     if row_keys is None:
         if generator is None and (config.temperature > 0 or config.remasking == "random"):
             raise ValueError(
@@ -74,6 +64,11 @@ def generate(
     if fixed is not None:
         if fixed.shape != blank.shape:
             raise ValueError(f"fixed {list(fixed.shape)} must be [B, C] = {list(blank.shape)}, -1 where free.")
+        strange = fixed[(fixed < -1) | (fixed >= model.config.vocab_size)].tolist()
+        if strange:
+            raise ValueError(
+                f"fixed: {strange[0]} is not of the {model.config.vocab_size} words; give their ids, -1 where free."
+            )
         blank = torch.where(fixed >= 0, fixed, blank)
     end_ids = end_token_ids(model).to(device)
 
@@ -104,8 +99,8 @@ def generate(
         completion_mask=completion_mask,
         # What was drawn after the end is not kept: no state of the trace may show it, or tell where the end is.
         revealed_at=torch.where(completion_mask, revealed_at, parts[0].num_steps),
-        confidence=confidence,
-        entropy=entropy,
+        confidence=confidence.where(completion_mask, 0.0),
+        entropy=entropy.where(completion_mask, 0.0),
         group=_same_prompt_groups(prompt_ids, prompt_mask) if group is None else group,
         num_forwards=sum(part.num_forwards for part in parts),
         num_steps=parts[0].num_steps,
