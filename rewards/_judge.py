@@ -17,7 +17,7 @@ class Raises:
     """`pytest.raises` as tests use it: `with pytest.raises(ValueError, match="...") as info`."""
 
     def __init__(self, expected, match=None):
-        self.expected, self.match, self.value = expected, match, None
+        self.expected, self.match, self.type, self.value = expected, match, None, None
 
     def __enter__(self):
         return self
@@ -25,15 +25,15 @@ class Raises:
     def __exit__(self, kind, error, traceback):
         if kind is None:
             raise AssertionError(f"did not raise {self.expected}")
-        self.value = error
+        self.type, self.value = kind, error
         return issubclass(kind, self.expected) and (self.match is None or bool(re.search(self.match, str(error))))
 
 
 class Approx:
     """`pytest.approx` for numbers, and for lists, tuples and dicts of numbers."""
 
-    def __init__(self, expected, rel=1e-6, abs=1e-12):
-        self.expected, self.rel, self.abs = expected, rel, abs
+    def __init__(self, expected, rel=1e-6, abs=1e-12, nan_ok=False):
+        self.expected, self.rel, self.abs, self.nan_ok = expected, rel, abs, nan_ok
 
     def __eq__(self, other):
         expected = self.expected
@@ -42,10 +42,63 @@ class Approx:
                 return False
             keys = expected if type(expected) is dict else range(len(expected))
             return all(key in other for key in expected if type(expected) is dict) and all(
-                Approx(expected[key], self.rel, self.abs) == other[key] for key in keys
+                Approx(expected[key], self.rel, self.abs, self.nan_ok) == other[key] for key in keys
             )
-        number = type(other) in (int, float, bool, fractions.Fraction, decimal.Decimal)
-        return number and math.isclose(expected, other, rel_tol=self.rel, abs_tol=self.abs)
+        if type(other) not in (int, float, bool, fractions.Fraction, decimal.Decimal):
+            return False
+        both_nan = self.nan_ok and math.isnan(expected) and math.isnan(other)
+        return both_nan or math.isclose(expected, other, rel_tol=self.rel, abs_tol=self.abs)
+
+
+def raises(expected, function=None, *args, match=None, **kwargs):
+    """`pytest.raises`, around a block or with the call that is to raise."""
+    info = Raises(expected, match)
+    if function is not None:
+        with info:
+            function(*args, **kwargs)
+    return info
+
+
+class Failed(BaseException):
+    """Not an Exception, as in pytest, so that a test's own `except Exception` does not swallow it."""
+
+
+def fail(reason="", pytrace=True):
+    """`pytest.fail`."""
+    raise Failed(reason)
+
+
+class Param(tuple):
+    """`pytest.param`: the values of one case."""
+
+
+def parametrize(argnames, argvalues, indirect=False, ids=None, scope=None):
+    """`pytest.mark.parametrize`: the function keeps its cases, and the steps of the tests call it with each."""
+    names = argnames.replace(",", " ").split() if isinstance(argnames, str) else argnames
+    single = isinstance(argnames, str) and len(names) == 1
+    rows = [(values,) if single and type(values) is not Param else values for values in argvalues]
+    given = [dict(zip(names, values, strict=True)) for values in rows]
+
+    def decorate(function):
+        function.cases = [{**case, **more} for more in given for case in getattr(function, "cases", [{}])]
+        return function
+
+    return decorate
+
+
+def no_effect(*args, **kwargs):
+    """`@pytest.fixture` and other marks, bare or called: the function as it is."""
+    return args[0] if args and callable(args[0]) else lambda function: function
+
+
+def pytest_stand_in():
+    """The module that tests import as `pytest`; its names are `PYTEST_HAS` in `_steps.py`."""
+    pytest = types.ModuleType("pytest")
+    pytest.raises, pytest.approx, pytest.fail, pytest.fixture = raises, Approx, fail, no_effect
+    pytest.param, pytest.main = lambda *values, id=None, marks=(): Param(values), no_effect
+    pytest.mark = types.ModuleType("mark")
+    pytest.mark.parametrize, pytest.mark.__getattr__ = parametrize, lambda name: no_effect
+    return pytest
 
 
 def names_of_program(peer, hello):
@@ -68,15 +121,13 @@ def names_of_program(peer, hello):
     return bound, reserved
 
 
-def judge(steps, used, read_fd, write_fd):
+def judge(steps, used, mentioned, read_fd, write_fd):
     """Execute the steps of the tests, and write "1" or "0" to the output for each that counts.
 
-    `used` are the names that the tests read; those of the program that are among them are there without import.
+    `used` are the names that the tests read and do not bind, `mentioned` all names in their text. Those of the program
+    that are used are there without import.
     """
-    results = os.dup(1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+    results = silenced()
     peer = Peer(read_fd, write_fd, judges=True)
     hello = peer.receive()
     try:
@@ -85,13 +136,32 @@ def judge(steps, used, read_fd, write_fd):
         peer.gone()
     # The tests' `all` and `math` must not become the program's, which would decide about itself; unless what they test
     # has such a name (`def sum(a, b)`) and no other.
-    hidden = reserved if any(callable(bound.get(name)) for name in set(used) - reserved) else set()
-    solution, pytest = types.ModuleType("solution"), types.ModuleType("pytest")
+    hidden = reserved if any(callable(bound.get(name)) for name in set(mentioned) - reserved) else set()
+    solution = types.ModuleType("solution")
     solution.__dict__.update(bound)
     solution.__all__ = [name for name in bound if name not in hidden]
-    pytest.raises, pytest.approx = Raises, Approx
-    sys.modules.update(solution=solution, pytest=pytest)
-    namespace = {"__name__": "tests"} | {name: bound[name] for name in solution.__all__ if name in used}
+    sys.modules["solution"] = solution
+    execute(steps, {name: bound[name] for name in solution.__all__ if name in used}, results)
+
+
+def rehearse(texts):
+    """Execute what of the tests does without the program, and write "1" or "0" to the output for each text."""
+    execute([(text, True) for text in texts], {}, silenced())
+
+
+def silenced():
+    """The output of this process, which nothing else shall write to."""
+    results = os.dup(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    return results
+
+
+def execute(steps, namespace, results):
+    """Execute the steps in order, tell the result of those that count, and end the process."""
+    sys.modules["pytest"] = pytest_stand_in()
+    namespace |= {"__name__": "tests", "__file__": "tests.py"}
     for source, counts in steps:
         try:
             exec(compile(source, "tests.py", "exec"), namespace)

@@ -5,7 +5,9 @@ Rules, after `rewards.text` has found the answer (the `<answer>` block, or what 
 - A full stop at its end is dropped. The same text as the reference, white space apart, is right.
 - A calculation left undone is wrong: where the reference is free of operations (`+`, `\times`, `!`, `^`, `\binom`,
   `\sqrt`, `\sum`, ...), so must the answer be. math-verify would calculate it, and a question copied as its own answer
-  would be right. Fractions, signs, units and degrees are not operations; of `8 + 15 = 23` the last part counts.
+  would be right. Fractions, signs, units (`36\text{ cm}^2`) and degrees are not operations; of `8 + 15 = 23` the last
+  part counts.
+- Where both end in a base (`4210_{5}`), it must be the same one: math-verify does not read it.
 - Otherwise both are parsed as LaTeX and compared by math-verify (https://github.com/huggingface/Math-Verify), with its
   defaults: `\frac{1}{2}` equals `0.5`, `x = 5` equals `5`, sets and intervals compare as such.
 - An answer that takes more than 0.8 seconds of CPU time to parse or compare, or more than 2 GiB, is wrong.
@@ -30,7 +32,12 @@ from rewards.text import Completion, answer_block, boxed_contents, completion_te
 
 WORKER = Path(__file__).with_name("_math_worker.py")
 
-DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?")
+# What holds a `^` that calculates nothing. Without a letter it is no unit: math-verify reads 6\text{}^2 as 36.
+DEGREES_OR_UNIT = re.compile(
+    r"\^\s*\{?\s*\\circ\s*\}?"
+    r"|\\(?:text|mathrm|mbox)\s*\{[\s~.]*[A-Za-z][A-Za-z\s~.]*\}\s*\^\s*(?:[0-9]|\{\s*-?[0-9]+\s*\})"
+)
+BASE = re.compile(r"\b[0-9][0-9A-Z]*\s*_\s*\{?\s*([0-9]+)\s*\}?\W*$")
 OPERATION = re.compile(
     r"[+*!^]|[\w)}]\s*-|\\(?:pm|mp|cdot|times|div|[dt]?binom|sum|prod|int|lim|log|ln|exp|sin|cos|tan|cot|sec|csc|arc|max|min"
     r"|gcd|lcm|sqrt|[lr]floor|[lr]ceil|[bp]?mod|det|operatorname)"
@@ -58,27 +65,41 @@ class MathVerify:
         """Whether math-verify finds the answer equal to the reference, within the limits of time and memory."""
         question = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
         with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen(
-                    # -P: the worker's folder holds modules named like the standard library's (code).
-                    [sys.executable, "-P", str(WORKER)],
-                    bufsize=0,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                )
-                if self.reply(START_SECONDS) != b"ready\n":
-                    message = self.stop().decode(errors="replace").strip()
-                    raise RuntimeError(f"math-verify did not start; is math-verify installed? {message[-500:]}")
             try:
-                self.process.stdin.write(question)  # type: ignore[union-attr]
-                verdict = self.reply(REPLY_SECONDS)
-            except BrokenPipeError:
-                verdict = b""
-            if verdict not in (b"0\n", b"1\n"):
+                if self.process is None:
+                    self.start()
+                verdict = self.ask(question)
+                if verdict not in (b"0\n", b"1\n"):
+                    self.stop()
+            except BaseException:
+                # A time limit or Ctrl-C: the reply that nobody has read would be taken for the next question's.
                 self.stop()
+                raise
             return verdict == b"1\n"
+
+    def start(self) -> None:
+        """Start the worker; RuntimeError, with what it said, where it does not come up."""
+        self.process = subprocess.Popen(
+            # -P: the worker's folder holds modules named like the standard library's (code).
+            [sys.executable, "-P", str(WORKER)],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        if self.reply(START_SECONDS) != b"ready\n":
+            message = self.stop().decode(errors="replace").strip()
+            raise RuntimeError(f"math-verify did not start; is math-verify installed? {message[-500:]}")
+
+    def ask(self, question: bytes) -> bytes:
+        """The worker's line in reply; empty when it is gone or silent."""
+        assert self.process is not None
+        try:
+            self.process.stdin.write(question)  # type: ignore[union-attr]
+            return self.reply(REPLY_SECONDS)
+        except BrokenPipeError:
+            return b""
 
     def reply(self, seconds: float) -> bytes:
         """The worker's next line; empty when none came in time."""
@@ -88,9 +109,10 @@ class MathVerify:
             return self.process.stdout.readline() if selector.select(seconds) else b""  # type: ignore[union-attr]
 
     def stop(self) -> bytes:
-        """End the worker and its child, and return what it said on stderr."""
+        """End the worker and its child, if there is one, and return what it said on stderr."""
         process, self.process = self.process, None
-        assert process is not None
+        if process is None:
+            return b""
         os.killpg(process.pid, 9)
         return process.communicate()[1]
 
@@ -106,8 +128,11 @@ def is_correct(text: str, gold: str) -> bool:
     answer = answer.rstrip(". ")
     if "".join(answer.split()) == "".join(gold.split()):
         return True
-    value = answer.rpartition("=")[2]
-    if OPERATION.search(DEGREES.sub("", value)) and not OPERATION.search(DEGREES.sub("", gold)):
+    value = DEGREES_OR_UNIT.sub("", answer.rpartition("=")[2])
+    if OPERATION.search(value) and not OPERATION.search(DEGREES_OR_UNIT.sub("", gold)):
+        return False
+    wanted, found = BASE.search(gold), BASE.search(answer)
+    if wanted and found and wanted[1] != found[1]:
         return False
     return math_verify.equal(gold, answer)
 

@@ -188,6 +188,8 @@ def test_hostile_programs_score_zero(monkeypatch):
 @pytest.mark.parametrize(
     "tests",
     [
+        "import solution\nassert all(solution.add(1, 2) == x for x in [3])",
+        "from solution import add as f\nassert all(f(1, 2) == x for x in [3])",
         "assert abs(add(1, 2) - 3) < 1e-6",
         "assert all(x == y for x, y in zip([add(1, 2)], [3]))",
         "assert add(1, 2) in (3, 4)",
@@ -340,10 +342,10 @@ def test_approx():
     assert same([0.1 + 0.2, 1]) == pytest.approx([0.3, 1.0]) and same({"a": 0.3}) == pytest.approx({"a": 0.1 + 0.2})
     assert same(0.31) != pytest.approx(0.3)
 """
-    steps = code.split_tests(tests)
-    names = [source for source, counts in steps if counts]
-    alone = {name: code.share_passed(program, [steps[0], (name, True)], sandbox.Limits()) for name in names}
-    assert alone == dict.fromkeys(names, 1.0)
+    setup, *steps = code.split_tests([tests])
+    alone = {step.source: code.share_passed(program, [setup, step], sandbox.Limits()) for step in steps}
+    assert alone == dict.fromkeys(alone, 1.0)
+    assert len(alone) == tests.count("def test_")
 
 
 def test_a_function_named_like_a_built_in_one_is_the_programs_when_it_is_what_is_tested():
@@ -351,6 +353,14 @@ def test_a_function_named_like_a_built_in_one_is_the_programs_when_it_is_what_is
     assert (
         score("def add(a, b):\n    return 0\ndef sum(x):\n    return 3", "assert add(0, 0) + sum([1, 2]) == 3") == 1.0
     )
+
+
+def test_a_name_of_the_tests_is_never_the_programs():
+    # The set-up fails for want of `add`, or by what it raises; the program's own names must not step in.
+    tests = "from solution import add\n" + TESTS
+    assert scores([ADD, "def test_small(): pass\ndef test_large(): pass"], tests) == [1.0, 0.0]
+    program = "expected = 5\ndef f(x):\n    if x == 2: return 5\n    raise ValueError"
+    assert scores(["def f(x): return x", program], "expected = f(1) + 1\nassert f(2) == expected") == [1.0, 0.0]
 
 
 def test_tests_before_a_limit_count(monkeypatch):

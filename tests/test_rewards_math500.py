@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,6 +57,16 @@ def score_hard_and_easy(_):
         ("C", "\\text{(C)}"),
         ("1,600", "1600"),
         ("[-2, 7]", "x \\in [-2,7]"),
+        ("36\\text{ cm}^2", "36"),
+        ("36\\text{ cm}^{2}", "36"),
+        ("36\\ \\mathrm{m}^3", "36"),
+        ("9.8\\mathrm{~m}\\text{ s}^{-2}", "9.8"),
+        ("15", "15\\mbox{ cm}^2"),
+        ("15 \\text{ sq. cm}^2", "15\\mbox{ cm}^2"),
+        ("4210", "4210_{5}"),
+        ("4210_5", "4210_{5}"),
+        ("$2516_{8}$", "2516_8"),
+        ("\\{x_2, x_1\\}", "\\{x_1, x_2\\}"),
         ("5", 5),
     ],
 )
@@ -81,6 +92,15 @@ def test_equal(answer, gold):
         ("13 - 1", "12"),
         ("\\max(11, 12)", "12"),
         ("x + 1", "x"),
+        ("30 + 6", "36\\text{ cm}^2"),
+        ("6^2\\text{ cm}^2", "36"),
+        ("6\\text{ cm}^2", "36"),
+        ("6\\text{}^2", "36"),
+        ("\\text{6}^2", "36"),
+        ("4210_{7}", "4210_{5}"),
+        ("4210_5", "4210_7"),
+        ("2516_{10}", "2516_8"),
+        ("$2516_{10}$.", "2516_8"),
         ("(1, 2)", "(2, 1)"),
         ("12}\\boxed{13", "12"),
         ("\\frac{12", "12"),
@@ -159,6 +179,30 @@ def test_a_lost_worker_is_replaced():
     math500.math_verify.process.wait()
     score("0.5", "\\frac12")  # this answer is lost with it
     assert score("0.5", "\\frac12") == 1.0
+
+
+class Interrupted(BaseException):
+    """What a time limit around a reward raises, or Ctrl-C."""
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_interrupted_question_shifts_no_later_verdict(started, monkeypatch):
+    def interrupt(number, frame):
+        raise Interrupted
+
+    monkeypatch.setattr(math500, "math_verify", math500.MathVerify())
+    if started:
+        score("0.5", "\\frac12")
+    previous = signal.signal(signal.SIGUSR2, interrupt)
+    timer = threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGUSR2])
+    timer.start()
+    try:
+        with pytest.raises(Interrupted):
+            score("9^{9^{9^9}}", "9^9")
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR2, previous)
+    assert [score("0.5", "\\frac12"), score("3", "4"), score("6", "\\frac{12}{2}")] == [1.0, 0.0, 1.0]
 
 
 def test_the_worker_ends_with_its_process():
