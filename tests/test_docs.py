@@ -226,6 +226,7 @@ def check_run(run: Path) -> None:
     assert {"report.html", "curves.png", "summary.json", "metrics.csv"} <= {path.name for path in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_tutorial_ends_with_a_reward_and_data_of_one_s_own(folder):
     ran = paste("docs/tutorial.md", folder, lambda words: words[1] == "train" and "shop.jsonl" in words)
     assert ran == ["train"]

@@ -29,6 +29,7 @@ def test_the_notebook_is_stored_without_outputs():
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_notebook_runs(tmp_path, monkeypatch, capsys):
     """With one update in place of sixteen, and few problems."""
     monkeypatch.chdir(tmp_path)

@@ -41,6 +41,7 @@ def variety(prompts, completions, **columns) -> list[float]:
     return [len(set(completion[0]["content"])) / 50 for completion in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTER_TENSORS)
 def test_three_steps_of_every_family(run_recipe, tmp_path, kind):
     checkpoint = published.write_checkpoint(tmp_path / "checkpoint", kind)
@@ -56,6 +57,7 @@ def test_three_steps_of_every_family(run_recipe, tmp_path, kind):
     assert float(rows[0]["reward_std"]) > 0
 
 
+@pytest.mark.slow
 def test_fine_tuned_then_reinforced_then_merged(run_recipe, tmp_path):
     """SFT writes an adapter, reinforcement learning goes on with it, merging gives a folder in the base's layout."""
     checkpoint = published.write_checkpoint(tmp_path / "checkpoint", "dream")

@@ -149,6 +149,7 @@ def test_from_threads():
         assert list(pool.map(lambda job: score(*job), jobs)) == [1.0, 0.0, 0.0, 1.0] * 2
 
 
+@pytest.mark.slow
 def test_after_a_fork_even_while_another_thread_asks():
     stop = threading.Event()
 
@@ -168,6 +169,7 @@ def test_after_a_fork_even_while_another_thread_asks():
     assert score("0.5", "\\frac12") == 1.0
 
 
+@pytest.mark.slow
 def test_in_a_spawned_process():
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(score_hard_and_easy, [0])) == [(0.0, 1.0)]
@@ -185,6 +187,7 @@ class Interrupted(BaseException):
     """What a time limit around a reward raises, or Ctrl-C."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", [True, False])
 def test_an_interrupted_question_shifts_no_later_verdict(started, monkeypatch):
     def interrupt(number, frame):
@@ -205,6 +208,7 @@ def test_an_interrupted_question_shifts_no_later_verdict(started, monkeypatch):
     assert [score("0.5", "\\frac12"), score("3", "4"), score("6", "\\frac{12}{2}")] == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_process():
     script = (
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
@@ -260,6 +264,7 @@ def test_boxed_reward(text, expected):
     assert boxed_reward([None], [text], answer=["5"]) == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GENERATIONS, reason="d1's generations are not beside the project")
 def test_gold_answers_of_math500():
     golds = [item["ground_truth"] for path in GENERATIONS for item in json.loads(path.read_text())["generations"]]

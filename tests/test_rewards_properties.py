@@ -100,6 +100,7 @@ def test_any_text(text):
         assert check(reward, text) < 1.0
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(TEXTS)
 def test_any_text_where_other_processes_judge(text):

@@ -123,6 +123,7 @@ def test_long_rows_are_left_out(trainer):
     assert len(trainer(max_length=5).train_dataset) == 0
 
 
+@pytest.mark.slow
 def test_it_fits_two_rows(trainer, model):
     run = trainer(max_steps=150, learning_rate=1e-2)
     run.train()

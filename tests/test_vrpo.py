@@ -104,6 +104,7 @@ def test_preferences_of_training_and_evaluation_are_logged_apart(trainer):
         assert all(f"{prefix}preference/margin" in row and f"{other}preference/margin" not in row for row in logs)
 
 
+@pytest.mark.slow
 def test_preferences_are_learned(trainer):
     run = trainer(max_steps=14, learning_rate=1e-2, beta=0.5, lr_scheduler_type="constant")
     run.train()
