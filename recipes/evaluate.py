@@ -55,8 +55,10 @@ def grade_stored(arguments: argparse.Namespace) -> None:
 
 
 def settings_of_run(chosen: Sequence[Checkpoint]) -> dict[str, Any]:
-    """What the first of these that a run wrote was trained with: its config.yaml lies beside the weights."""
-    folders = [checkpoint.adapter or checkpoint.model for checkpoint in chosen]
+    """What the first of these that a run wrote was trained with: the config.yaml in the run's folder."""
+    folders = [Path(checkpoint.adapter or checkpoint.model) for checkpoint in chosen]
+    # Its checkpoints and its best weights lie one below.
+    folders = [f.parent if f.name == "best" or f.name.startswith("checkpoint-") else f for f in folders]
     return next(filter(None, (read_config(folder)[1] for folder in folders)), {})
 
 

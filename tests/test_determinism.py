@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import share_of_b
 from datasets import Dataset
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
@@ -13,10 +14,6 @@ from dgrpo.sampling.draw import row_keys, uniform
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a b", "c d e f", "g", "h i j"]
-
-
-def share_of_b(prompts, completions, **columns) -> list[float]:
-    return [completion.split().count("b") / 6 for completion in completions]
 
 
 def run(model, tokenizer, folder: Path, resume: Path | None = None, **settings) -> tuple[torch.Tensor, list]:

@@ -29,10 +29,6 @@ PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 ROWS = {"prompts": ["a", "b"], "completions": ["c", "d"]}
 
 
-def share_of_b(prompts, completions, **columns) -> list[float]:
-    return [completion.split().count("b") / 6 for completion in completions]
-
-
 def place_in_group(prompts, completions, **columns) -> list[float]:
     """A reward that every group of four disagrees on, whatever it wrote."""
     return [index % 4 / 4 for index in range(len(prompts))]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import share_of_b
 from datasets import Dataset
 from safetensors.torch import load_file
 from stopping import StopAt
@@ -19,10 +20,6 @@ from dgrpo.estimators import ESTIMATORS
 from dgrpo.trainers.checkpoints import last_complete_checkpoint, move_earlier_run_aside
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
-
-
-def share_of_b(prompts, completions, **columns) -> list[float]:
-    return [completion.split().count("b") / 6 for completion in completions]
 
 
 @pytest.fixture

@@ -139,6 +139,8 @@ def test_evaluation_asks_as_the_run_that_wrote_the_checkpoint_did(asked, tmp_pat
     mine, other, embedded = (str(tmp_path / name) for name in ("mine", "other", "embedded"))
     model = ["--task", "gsm8k", "--model"]
     assert asked(*model, mine)[0] == ("mine.jsonl", None, 10**6, "Do.")
+    for below in ("best", "checkpoint-40"):
+        assert asked(*model, f"{mine}/{below}")[0] == ("mine.jsonl", None, 10**6, "Do.")
     assert asked(*model, other)[0] == ("other.jsonl", "other.jsonl", 10**6, None)
     assert asked(*model, embedded) == [("embedded", None, 512, ""), [16]]
     assert asked(*model, mine, "--instruction", "", "--eval_dataset", "all.csv")[0] == (
