@@ -19,9 +19,9 @@ from study import ROOT, Run, accuracy, one_thread, results, spread
 from transformers.utils import logging
 
 from dgrpo import SamplerConfig, generate, load_model
-from dgrpo.evaluate import encode_prompts
-from dgrpo.run import CHECKPOINTS
-from dgrpo.sampling.draw import row_keys
+from dgrpo.evaluation.answers import encode_prompts
+from dgrpo.noise import row_keys
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tasks import TASKS, load_rows
 
 NUM_ROLLOUTS = 512

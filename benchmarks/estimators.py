@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from study import ROOT, Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, MUTED, dress
+from dgrpo.report.curves import COLOURS, MUTED, dress
 
 PRESETS = tuple(sorted(file.stem for file in (ROOT / "recipes" / "presets").glob("*.yaml")))
 SWEEP_SEED, SEEDS = 100, (0, 1, 2)

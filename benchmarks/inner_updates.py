@@ -15,9 +15,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from study import Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, INK, MUTED, dress
 from dgrpo.estimators import one_step
-from dgrpo.views import stream
+from dgrpo.noise import stream
+from dgrpo.report.curves import COLOURS, INK, MUTED, dress
 
 UPDATES = (1, 2, 4, 8, 12)
 SEEDS = (0, 1, 2)

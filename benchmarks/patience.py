@@ -14,7 +14,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 from study import Run, accuracy, one_thread, results, spread
 
-from dgrpo.curves import COLOURS, INK, MUTED, dress
+from dgrpo.report.curves import COLOURS, INK, MUTED, dress
 
 SECONDS = (40, 100, 200)
 RATES = {"espo": 3e-4, "spg": 3e-4, "gdpo": 3e-4, "bgpo": 1e-3}

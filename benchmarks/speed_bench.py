@@ -14,7 +14,7 @@ from dgrpo import MaskedViews, SamplerConfig, generate, per_token_logps
 from dgrpo.estimators import one_step
 from dgrpo.models.families import FAMILIES
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
-from dgrpo.views import stream
+from dgrpo.noise import stream
 
 P_MASK_PROMPT = 0.15
 

@@ -20,8 +20,8 @@ import yaml
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
-from dgrpo.evaluate import evaluate, greedy
-from dgrpo.run import parse_recipe, prepare_model, rewards_of
+from dgrpo.evaluation.answers import evaluate, greedy
+from dgrpo.run.steps import parse_recipe, prepare_model, rewards_of
 from dgrpo.tasks import TASKS, load_rows
 from dgrpo.trainers import DiffuGRPOTrainer
 

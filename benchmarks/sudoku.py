@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer, SamplerConfig, load_model
-from dgrpo.evaluate import evaluate
-from dgrpo.run import CHECKPOINTS
+from dgrpo.evaluation.answers import evaluate
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tasks import load_rows, sudoku
 from dgrpo.tiny.sudoku import sft_examples
 

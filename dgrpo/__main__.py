@@ -46,11 +46,11 @@ def watch(arguments: argparse.Namespace) -> None:
     """Plays the denoising of one prompt in the terminal, or writes it as a page or an image."""
     import torch
 
-    from dgrpo.evaluate import encode_prompts
+    from dgrpo.evaluation.answers import encode_prompts
     from dgrpo.models import load_model
-    from dgrpo.player import load_rollout, play, save_rollout
-    from dgrpo.player_export import write_gif, write_html
-    from dgrpo.run import CHECKPOINTS, one_thread_unless_told
+    from dgrpo.player.export import write_gif, write_html
+    from dgrpo.player.frames import load_rollout, play, save_rollout
+    from dgrpo.run.steps import CHECKPOINTS, one_thread_unless_told
     from dgrpo.sampling import SamplerConfig, generate
     from dgrpo.tasks import EMBEDDED, prompt_messages
 
@@ -83,14 +83,14 @@ def watch(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the table of several runs and draws their curves."""
-    from dgrpo.compare import compare
+    from dgrpo.report.compare import compare
 
     compare(arguments.runs, arguments.png)
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Writes the page and the curves of a run again."""
-    from dgrpo.report import write_curves, write_report
+    from dgrpo.report.data import write_curves, write_report
 
     print(write_report(arguments.folder), write_curves(arguments.folder))
 

@@ -3,13 +3,14 @@
 Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C completion tokens, L = P + C.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dgrpo.noise import stream
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,6 @@ class MaskedViews:
     def canvases(self, input_ids: Tensor, mask_token_id: int) -> Tensor:
         """The pictures [B, N, L] of prompt + completion `input_ids` [B, L]."""
         return torch.where(self.hidden, mask_token_id, input_ids[:, None])
-
-
-def stream(*key: int | str) -> torch.Generator:
-    """A private random stream that is a function of its key alone: of no global state, batch or process."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
 def draw_views(

@@ -18,14 +18,14 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from dgrpo.evaluate import processes
-from dgrpo.evaluation_checkpoints import Checkpoint, checkpoints, evaluate_checkpoint
-from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
-from dgrpo.evaluation_report import show_results, stored_result, write_results
-from dgrpo.grading import grade_setups, infer_task
-from dgrpo.grading_d1 import D1
-from dgrpo.run import embedded_checkpoint, one_thread_unless_told
-from dgrpo.run_folder import read_config
+from dgrpo.evaluation.answers import processes
+from dgrpo.evaluation.checkpoints import Checkpoint, checkpoints, evaluate_checkpoint
+from dgrpo.evaluation.d1 import D1
+from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
+from dgrpo.evaluation.results import show_results, stored_result, write_results
+from dgrpo.evaluation.stored import grade_setups, infer_task
+from dgrpo.report.run_folder import read_config
+from dgrpo.run.steps import embedded_checkpoint, one_thread_unless_told
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 

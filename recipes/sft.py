@@ -15,7 +15,7 @@ from peft import get_peft_model
 from trl import ModelConfig
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
-from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.run.steps import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from trl import ModelConfig
 
 from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
-from dgrpo.evaluate import evaluate
-from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.evaluation.answers import evaluate
+from dgrpo.run.steps import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems

@@ -8,8 +8,8 @@ from fabricated_run import fabricate_run
 from PIL import Image
 from rich.console import Console
 
-from dgrpo.compare import compare, kinds_of, read_run
-from dgrpo.curves import COLOURS, band, draw_curves, moving_mean
+from dgrpo.report.compare import compare, kinds_of, read_run
+from dgrpo.report.curves import COLOURS, band, draw_curves, moving_mean
 
 
 @pytest.fixture(scope="module")

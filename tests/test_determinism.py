@@ -10,7 +10,7 @@ from conftest import share_of_b
 from datasets import Dataset
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.sampling.draw import row_keys, uniform
+from dgrpo.noise import row_keys, uniform
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a b", "c d e f", "g", "h i j"]

@@ -15,14 +15,15 @@ import torch
 from accelerate import PartialState
 
 from dgrpo import SamplerConfig, load_model
-from dgrpo.evaluate import Answer, Evaluation, answer_rows, encode_prompts, evaluate
-from dgrpo.evaluation_checkpoints import checkpoints, evaluate_checkpoint, labels
-from dgrpo.evaluation_disagreement import disagreement_lines, disagreements
-from dgrpo.evaluation_report import Result, results_table, write_results
-from dgrpo.evaluation_rows import FinishedRows, as_d1_stores, d1_items, fingerprint
-from dgrpo.grading import grade, grade_files, wilson_interval
-from dgrpo.grading_d1 import sudoku_puzzle
-from dgrpo.run import CHECKPOINTS
+from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, encode_prompts, evaluate
+from dgrpo.evaluation.checkpoints import checkpoints, evaluate_checkpoint, labels
+from dgrpo.evaluation.d1 import sudoku_puzzle
+from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
+from dgrpo.evaluation.files import FinishedRows, as_d1_stores, d1_items, fingerprint
+from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.evaluation.results import Result, results_table, write_results
+from dgrpo.evaluation.stored import grade, grade_files
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tasks import TASKS, load_rows
 
 ROOT = Path(__file__).parents[1]
@@ -70,10 +71,10 @@ def test_batches_of_any_size_give_the_same(tiny, rows, batch_size):
 
 
 def test_the_processes_together_answer_every_row_once(tiny, rows, monkeypatch):
-    import dgrpo.evaluate
+    import dgrpo.evaluation.answers
 
     gathered: list[list[Answer]] = []
-    monkeypatch.setattr(dgrpo.evaluate, "gather_object", lambda mine: gathered.append(mine) or mine)
+    monkeypatch.setattr(dgrpo.evaluation.answers, "gather_object", lambda mine: gathered.append(mine) or mine)
     counts = []
     for process_index in range(3):
         # Alone, a process lacks the other processes' rows.

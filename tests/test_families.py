@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from reference import denoise_greedily
 
-from dgrpo.likelihood import log_likelihood
-from dgrpo.logprobs import per_token_logps
+from dgrpo.logprobs import log_likelihood, per_token_logps
 from dgrpo.models import ScoringHead, load_model
 from dgrpo.models.adapters import adapters_folded_in
 from dgrpo.models.bidirectional import visible_keys

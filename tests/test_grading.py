@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.evaluate import Answer, Evaluation
-from dgrpo.evaluation_disagreement import differing, disagreements, reason
-from dgrpo.evaluation_rows import as_d1_stores, d1_items, write_generations
-from dgrpo.grading import generation_sets, grade, grade_files, grade_setups, infer_task, setup_name, wilson_interval
-from dgrpo.grading_d1 import D1, d1_countdown, d1_gsm8k, d1_math500, d1_sudoku, last_box, normal_form
+from dgrpo.evaluation.answers import Answer, Evaluation
+from dgrpo.evaluation.d1 import D1, d1_countdown, d1_gsm8k, d1_math500, d1_sudoku, last_box, normal_form
+from dgrpo.evaluation.disagreement import differing, disagreements, reason
+from dgrpo.evaluation.files import as_d1_stores, d1_items, write_generations
+from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.evaluation.stored import generation_sets, grade, grade_files, grade_setups, infer_task, setup_name
 from dgrpo.tasks import TASKS
 
 DATA = Path(__file__).parents[2] / "shared/data/d1"

@@ -9,8 +9,7 @@ from enumeration import EOS, MASK, WORDS, seeded
 from joint_table import JointTable
 
 from dgrpo import estimators
-from dgrpo.likelihood import log_likelihood
-from dgrpo.logprobs import per_token_logps
+from dgrpo.logprobs import log_likelihood, per_token_logps
 
 
 def completions(num_rows: int, num_completion: int, seed: int = 0) -> torch.Tensor:

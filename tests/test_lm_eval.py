@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dgrpo import SamplerConfig, generate
-from dgrpo.likelihood import log_likelihood
-from dgrpo.run import CHECKPOINTS
+from dgrpo.logprobs import log_likelihood
+from dgrpo.noise import stream
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tiny import problems
-from dgrpo.views import stream
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = str(CHECKPOINTS / "gsm8k")
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 
 def language_model(**settings):
-    from dgrpo.lm_eval import DiffusionLM
+    from dgrpo.evaluation.harness import DiffusionLM
 
     # The tiny model knows 16 tokens on one block.
     return DiffusionLM(CHECKPOINT, **{"device": "cpu", "block_length": 16, "num_samples": 8} | settings)
@@ -79,7 +79,7 @@ def requests(kind, *arguments):
 @pytest.mark.skipif(installed, reason="lm-evaluation-harness is installed")
 def test_without_the_harness_the_import_says_what_to_install():
     with pytest.raises(ImportError, match=r"dgrpo\[eval\]"):
-        importlib.import_module("dgrpo.lm_eval")
+        importlib.import_module("dgrpo.evaluation.harness")
 
 
 @harness
@@ -177,9 +177,9 @@ def test_the_harness_evaluates_both_kinds_of_task(folder):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import dgrpo.lm_eval
+    import dgrpo.evaluation.harness
 
-    assert lm_eval.api.registry.get_model("dgrpo") is dgrpo.lm_eval.DiffusionLM
+    assert lm_eval.api.registry.get_model("dgrpo") is dgrpo.evaluation.harness.DiffusionLM
     found = lm_eval.simple_evaluate(
         model="dgrpo",
         model_args=f"pretrained={CHECKPOINT},block_length=16,diffusion_steps=16,num_samples=8",
@@ -201,7 +201,7 @@ def test_the_command_gives_the_same_on_two_processes(folder, tmp_path):
     for config, num_processes in (("cpu", 1), ("ddp", 2)):
         command = [
             sys.executable, "-m", "accelerate.commands.launch",
-            *["--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml"), "-m", "dgrpo.lm_eval"],
+            *["--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml"), "-m", "dgrpo.evaluation.harness"],
             *["--model", "dgrpo", "--model_args", f"pretrained={CHECKPOINT},block_length=16,num_samples=8"],
             *["--include_path", str(folder), "--tasks", "tiny_write,tiny_choose", "--batch_size", "8"],
             *["--output_path", str(tmp_path / config)],

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import GRPOConfig
 
-import dgrpo.run
+import dgrpo.run.steps
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.tasks import gsm8k
 from dgrpo.trainers.config import _REFUSED
@@ -140,10 +140,10 @@ def test_a_wrong_command_line_is_told_before_a_model_is_loaded(monkeypatch, tmp_
     def loaded(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(dgrpo.run, "load_model", loaded)
+    monkeypatch.setattr(dgrpo.run.steps, "load_model", loaded)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path / "run"), *words])
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        dgrpo.run.main(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.steps(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -151,10 +151,10 @@ def test_a_wrong_command_line_is_told_before_a_model_is_loaded(monkeypatch, tmp_
 def test_a_new_run_in_a_used_folder_is_told_before_a_model_is_loaded(monkeypatch, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
-    monkeypatch.setattr(dgrpo.run, "load_model", None)
+    monkeypatch.setattr(dgrpo.run.steps, "load_model", None)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: --resume true"):
-        dgrpo.run.main(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.steps(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
 
 
 def test_a_models_name_is_no_model(config):

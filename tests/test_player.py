@@ -10,7 +10,8 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from dgrpo.player import (
+from dgrpo.player.export import write_gif, write_html
+from dgrpo.player.frames import (
     HIDDEN,
     LINE_END,
     block_length_of,
@@ -18,16 +19,15 @@ from dgrpo.player import (
     frames,
     load_rollout,
     play,
-    printable,
     prompt_text,
     render,
     save_rollout,
     token_texts,
     window,
 )
-from dgrpo.player_export import write_gif, write_html
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.rollout import ended
+from dgrpo.text import printable
 from dgrpo.tiny.tokenizer import build_tokenizer
 
 PROMPT = "Ann has 3 red pens and buys 4 more. How many pens does she have?"
@@ -202,7 +202,7 @@ def test_play_writes_every_frame_to_a_terminal_and_the_last_to_a_file(rollout, t
     play(rollout, tokenizer, 0, steps_per_second=1e6, console=terminal)
     written = terminal.file.getvalue()
     assert written.count("denoising") == len(frames(rollout, tokenizer, 0)) + 1
-    monkeypatch.setattr("dgrpo.player.time.sleep", pytest.fail)
+    monkeypatch.setattr("dgrpo.player.frames.time.sleep", pytest.fail)
     file = Console(file=io.StringIO(), width=80)
     play(rollout, tokenizer, 0, console=file)
     assert file.file.getvalue().count("denoising") == 1

@@ -8,7 +8,7 @@ import yaml
 from trl import ModelConfig
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.run import RecipeConfig, parse_recipe, prepare_model, rewards_of
+from dgrpo.run.steps import RecipeConfig, parse_recipe, prepare_model, rewards_of
 from dgrpo.tasks import gsm8k, load_rows
 
 ROOT = Path(__file__).parents[1]

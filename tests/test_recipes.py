@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
-from dgrpo.run import parse_recipe
+from dgrpo.run.steps import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "gsm8k.py"
@@ -135,8 +135,8 @@ def test_preferences_train_the_embedded_default(tmp_path):
 
 def test_evaluation_draws_the_same_in_batches_of_any_size():
     from dgrpo import SamplerConfig, load_model
-    from dgrpo.evaluate import evaluate
-    from dgrpo.run import CHECKPOINTS
+    from dgrpo.evaluation.answers import evaluate
+    from dgrpo.run.steps import CHECKPOINTS
     from dgrpo.tasks import gsm8k, load_rows
 
     model, tokenizer = load_model(str(CHECKPOINTS / "gsm8k"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.run import parse_recipe, rewards_of
+from dgrpo.run.steps import parse_recipe, rewards_of
 from dgrpo.tasks import TASKS, load_rows
 from dgrpo.trainers.rewards import check_columns
 

@@ -7,15 +7,13 @@ import pytest
 from fabricated_run import INSTRUCTIONS, fabricate_run
 from PIL import Image
 
-from dgrpo.completion_views import best, evenly_spaced, most_changed, paid_without_format, worst
-from dgrpo.curves import with_summary_accuracy
-from dgrpo.report import (
+from dgrpo.report.curves import with_summary_accuracy
+from dgrpo.report.data import (
     MAX_TEXT_BYTES,
     charts,
     common_beginning,
     completion_table,
     cut_texts,
-    duration,
     other_charts,
     report_data,
     samples,
@@ -25,7 +23,9 @@ from dgrpo.report import (
     write_curves,
     write_report,
 )
-from dgrpo.run_folder import Completion, message_text, read_completions, read_metrics, read_summary
+from dgrpo.report.run_folder import Completion, message_text, read_completions, read_metrics, read_summary
+from dgrpo.report.selections import best, evenly_spaced, most_changed, paid_without_format, worst
+from dgrpo.text import duration
 
 
 def completion(step=1, prompt="p", text="t", correct=0.0, form=0.0, **rewards) -> Completion:

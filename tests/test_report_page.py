@@ -7,8 +7,8 @@ import pytest
 from fabricated_run import fabricate_run
 from headless_chromium import EXECUTABLE, Chromium
 
-from dgrpo.report import write_report
-from dgrpo.run_folder import read_metrics
+from dgrpo.report.data import write_report
+from dgrpo.report.run_folder import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.callbacks import MetricsFile, ProgressLine
 from dgrpo.estimators import ESTIMATORS
+from dgrpo.run.callbacks import MetricsFile, ProgressLine
 from dgrpo.trainers.checkpoints import last_complete_checkpoint, move_earlier_run_aside
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]

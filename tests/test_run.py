@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import Trainer, TrainerState
 
-from dgrpo import run
-from dgrpo.callbacks import HeldOutEvaluation, MetricsFile
-from dgrpo.evaluate import Evaluation
+from dgrpo.evaluation.answers import Evaluation
+from dgrpo.run import steps as run
+from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile
 from dgrpo.tasks import TASKS, gsm8k
 
 RECIPE = str(Path(__file__).parents[1] / "recipes" / "gsm8k.py")
@@ -71,7 +71,9 @@ def test_a_resumed_run_began_with_what_its_first_part_measured(tmp_path, monkeyp
     with pytest.raises(ValueError, match="num_eval_problems=4: the run that is resumed began with 3"):
         evaluation(tmp_path, 4).on_train_begin(None, state, None)
     # Another machine has no such file: the main process tells it.
-    monkeypatch.setattr("dgrpo.callbacks.broadcast_object_list", lambda found: found.__setitem__(0, asdict(before)))
+    monkeypatch.setattr(
+        "dgrpo.run.callbacks.broadcast_object_list", lambda found: found.__setitem__(0, asdict(before))
+    )
     elsewhere = evaluation(tmp_path / "elsewhere", 3)
     elsewhere.on_train_begin(None, TrainerState(global_step=2, is_world_process_zero=False), None)
     assert elsewhere.before == before

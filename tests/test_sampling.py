@@ -13,11 +13,12 @@ import torch
 from conftest import EOS, MASK, VOCAB
 from reference import denoise_greedily, llada_logits, shares, until_eos
 
+from dgrpo.noise import uniform
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.cache import WindowCache
 from dgrpo.sampling.denoise import _ORDER_STREAM
-from dgrpo.sampling.draw import draw, may_commit, uniform
-from dgrpo.wide import first_argmax, inverse_cdf
+from dgrpo.sampling.draw import draw, may_commit
+from dgrpo.vocabulary import first_argmax, inverse_cdf
 
 BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
 ALL_RULES = {"threshold": {"threshold": 0.4}, "factor": {"factor": 1.2}, "entropy_bound": {"entropy_bound": 1.5}}

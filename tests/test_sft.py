@@ -6,10 +6,10 @@ from datasets import Dataset
 from stopping import StopAt
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.noise import stream
 from dgrpo.trainers import checkpoints
 from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
-from dgrpo.views import stream
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
 

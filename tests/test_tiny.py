@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dgrpo.run import CHECKPOINTS
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tiny import countdown, problems, sudoku
 from dgrpo.tiny.build import CORPORA, SEED
 from dgrpo.tiny.tokenizer import CHAT_TEMPLATE, FORMAT_TOKENS, build_grid_tokenizer, build_tokenizer

@@ -11,9 +11,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 
-from dgrpo import DiffuGRPOTrainer, callbacks
-from dgrpo.evaluate import Evaluation
+from dgrpo import DiffuGRPOTrainer
+from dgrpo.evaluation.answers import Evaluation
 from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.run import callbacks
 from dgrpo.tasks import TASKS
 from dgrpo.trainers.data import without_long_prompts
 from dgrpo.views import MaskedViews

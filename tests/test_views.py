@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import MASK
 
+from dgrpo.noise import stream
 from dgrpo.sampling import Rollout
-from dgrpo.views import MaskedViews, draw_views, stream
+from dgrpo.views import MaskedViews, draw_views
 
 KEY = ("masks", 7, 3)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dgrpo.wide import first_argmax, row_products, spread_beside
+from dgrpo.vocabulary import first_argmax, row_products, spread_beside
 
 # Two float32 [rows, V] buffers of at most this size live at once while scoring; larger jobs go through in chunks.
 MAX_LOGITS_BYTES = 48 * 2**20

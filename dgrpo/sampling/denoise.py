@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgrpo.noise import uniform
 from dgrpo.sampling.cache import WindowCache
 from dgrpo.sampling.config import SamplerConfig
-from dgrpo.sampling.draw import NEVER, draw, may_commit, uniform
+from dgrpo.sampling.draw import NEVER, draw, may_commit
 
 # The draw of a token and that of a random order, at one (row, step, position), must not share their noise.
 _ORDER_STREAM = 1 << 40

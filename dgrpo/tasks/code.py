@@ -12,8 +12,8 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+from dgrpo.noise import fixed_order
 from dgrpo.tasks.task import Task, field_of
-from dgrpo.tiny.problems import fixed_order
 from rewards.code import tests_reward
 
 INSTRUCTION = """Write the Python function that is asked for. Write your working between <reasoning> and \

@@ -7,9 +7,9 @@ test file (arXiv:2504.12216) holds 229 of the 288 grids; what trains beside it a
 
 from typing import Any
 
+from dgrpo.noise import fixed_order
 from dgrpo.tasks.task import Task, field_of
 from dgrpo.tiny import sudoku
-from dgrpo.tiny.problems import fixed_order
 from rewards.sudoku import is_solved, read_grid, read_puzzle, solved_reward
 
 INSTRUCTION = """Solve the Sudoku. It is written row by row, 0 for an empty cell: 16 digits from 1 to 4 with boxes of \

@@ -9,7 +9,8 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from transformers.utils import logging
 
-from dgrpo.tiny.problems import Messages, fixed_order
+from dgrpo.noise import fixed_order
+from dgrpo.tiny.problems import Messages
 
 logger = logging.get_logger(__name__)
 

@@ -10,7 +10,8 @@ from itertools import combinations_with_replacement, permutations, product
 from operator import add, mul, sub
 from typing import Any, NamedTuple
 
-from dgrpo.tiny.problems import Messages, fixed_order, sft_example, user_message
+from dgrpo.noise import fixed_order
+from dgrpo.tiny.problems import Messages, sft_example, user_message
 
 NUMBERS = range(1, 21)
 RESULTS = range(1, 100)

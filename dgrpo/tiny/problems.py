@@ -5,7 +5,6 @@ space, by the line of worked steps: a held-out line such as `8+2=10;10-3=7` occu
 template. Its single operations do occur, so a held-out problem asks for a new combination of known operations.
 """
 
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from functools import cache
 from itertools import product, zip_longest
 from operator import add, sub
 from typing import Any, NamedTuple
+
+from dgrpo.noise import fixed_order
 
 Messages = list[dict[str, str]]
 Operands = tuple[int, ...]
@@ -93,11 +94,6 @@ def completion_text(answer: str, reasoning: str | None = None) -> str:
 def sft_example(prompt: Messages, answer: str, reasoning: str | None = None) -> dict[str, Messages]:
     """One supervised row in conversational format: `prompt` and `completion`."""
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion_text(answer, reasoning)}]}
-
-
-def fixed_order(text: str) -> bytes:
-    """Sort key of a permutation that is the same on every machine and in every version."""
-    return hashlib.sha256(text.encode()).digest()
 
 
 def worked_steps(template: str, operands: Operands) -> tuple[tuple[str, str], int]:

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from dgrpo.tiny.problems import Messages, fixed_order, sft_example, user_message
+from dgrpo.noise import fixed_order
+from dgrpo.tiny.problems import Messages, sft_example, user_message
 
 NUM_HELD_OUT_GRIDS = 48
 NUM_BLANKS = range(6, 9)

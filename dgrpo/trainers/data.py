@@ -3,7 +3,7 @@
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
-from dgrpo.views import stream
+from dgrpo.noise import stream
 
 logger = logging.get_logger(__name__)
 

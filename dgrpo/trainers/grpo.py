@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict, use_adapter
 
 from dgrpo.logprobs import ViewScores, mean_entropy, score_views
+from dgrpo.noise import stream
 from dgrpo.objectives import DRAWS, WITHOUT_RATIO, ObjectiveInputs, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
 from dgrpo.trainers.checkpoints import ExactResume
@@ -24,7 +25,7 @@ from dgrpo.trainers.guards import CollapseGuard, SkipsBadUpdates
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
 from dgrpo.trainers.rewards import check_columns, guarded
 from dgrpo.trainers.rollouts import DenoisesRollouts
-from dgrpo.views import MaskedViews, stream
+from dgrpo.views import MaskedViews
 
 
 class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrainer):

@@ -9,8 +9,8 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.noise import row_keys
 from dgrpo.sampling import agreement, generate
-from dgrpo.sampling.draw import row_keys
 from dgrpo.views import draw_views
 
 # Prompts of a process on which a shortcut is compared with the exact sampler.

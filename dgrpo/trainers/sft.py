@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from dgrpo.logprobs import scoring_pass
+from dgrpo.noise import stream
 from dgrpo.trainers.checkpoints import WholeCheckpoints
-from dgrpo.views import stream
 
 logger = logging.get_logger(__name__)
 

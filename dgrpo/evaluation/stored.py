@@ -4,9 +4,9 @@ A file holds `{"generations": [{"question", "generations", "ground_truth"}, ...]
 one folder and are its shards. Two protocols:
 
 - `strict`: the rewards' own graders, so that training reward and accuracy agree. Right is a reward of exactly 1, as in
-  `dgrpo.evaluate`; all else is wrong, also a text on a row without a usable reference (None): every text counts. Text
-  from the first end-of-text marker on is dropped, as a sampler drops it.
-- `d1`: what the parser published with d1 accepts (`dgrpo.grading_d1`), so that results compare with the literature.
+  `dgrpo.evaluation.answers`; all else is wrong, also a text on a row without a usable reference (None): every text
+  counts. Text from the first end-of-text marker on is dropped, as a sampler drops it.
+- `d1`: what the parser published with d1 accepts (`dgrpo.evaluation.d1`), so that results compare with the literature.
 
 An interval is Wilson's, at 95 %, over the number of texts. d1's Sudoku accuracy counts empty cells; cells of one
 puzzle are not independent, so there too the number of puzzles is what counts.
@@ -21,7 +21,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dgrpo.grading_d1 import D1, Item, sudoku_puzzle
+from dgrpo.evaluation.d1 import D1, Item, sudoku_puzzle
+from dgrpo.evaluation.interval import wilson_interval
 from rewards import code, countdown, gsm8k, math500, sudoku
 from rewards.text import short_answer
 
@@ -37,7 +38,6 @@ TASK_MARKS = {
     "code": "code",
 }
 END_OF_TEXT = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ class Report:
     interval: tuple[float, float]
     """95 % interval of `accuracy` (Wilson), in [0, 1]."""
     items: list[Item]
-
-
-def wilson_interval(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n independent trials (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    center = accuracy + Z_95**2 / (2 * n)
-    width = Z_95 * math.sqrt(accuracy * (1 - accuracy) / n + Z_95**2 / (4 * n**2))
-    scale = 1 + Z_95**2 / n
-    return max((center - width) / scale, 0.0), min((center + width) / scale, 1.0)
 
 
 def strict_scores(task: str, items: list[dict[str, Any]], texts: list[str]) -> list[float | None]:

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
-from dgrpo.page import write_page
-from dgrpo.player import COLOURS, LEVELS, PROMPT_LINES, Frame, canvas_lines, frames, prompt_text
+from dgrpo.player.frames import COLOURS, LEVELS, PROMPT_LINES, Frame, canvas_lines, frames, prompt_text
+from dgrpo.report.page import write_page
 from dgrpo.sampling.rollout import Rollout
 
 # Ink, muted ink, empty positions and ground of the image; then the grounds of the five confidence levels.

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from dgrpo.evaluate import Answer
-from dgrpo.grading import END_OF_TEXT
+from dgrpo.evaluation.answers import Answer
+from dgrpo.evaluation.stored import END_OF_TEXT
 from rewards.gsm8k import to_decimal
 
 

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dgrpo.curves import draw_curves, with_summary_accuracy
-from dgrpo.player import printable
-from dgrpo.report import duration
-from dgrpo.run_folder import Metrics, read_config, read_metrics, read_summary
+from dgrpo.report.curves import draw_curves, with_summary_accuracy
+from dgrpo.report.run_folder import Metrics, read_config, read_metrics, read_summary
+from dgrpo.text import duration, printable
 
 # What may differ between two runs of one kind: the seed, and where and under which name a run is written.
 NOT_THE_KIND = ("seed", "data_seed", "output_dir", "logging_dir", "run_name", "hub_model_id", "resume")

@@ -1,6 +1,6 @@
 """The model `dgrpo` of lm-evaluation-harness: generation by denoising, multiple choice by the likelihood bound.
 
-    python -m dgrpo.lm_eval --model dgrpo --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k
+    python -m dgrpo.evaluation.harness --model dgrpo --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct --tasks gsm8k
 
 The command is the harness's own with this model added (`pip install 'dgrpo[eval]'`; under `accelerate launch -m` its
 requests are shared by the processes). From Python, importing this module makes `model="dgrpo"` known to
@@ -16,12 +16,11 @@ from accelerate.utils import gather
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from dgrpo.evaluate import processes
-from dgrpo.likelihood import log_likelihood
+from dgrpo.evaluation.answers import processes
+from dgrpo.logprobs import log_likelihood
 from dgrpo.models import load_model
+from dgrpo.noise import row_keys, stream
 from dgrpo.sampling import SamplerConfig, generate
-from dgrpo.sampling.draw import row_keys
-from dgrpo.views import stream
 
 try:
     from lm_eval.api.instance import Instance
@@ -29,7 +28,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ImportError("dgrpo.lm_eval needs lm-evaluation-harness: pip install 'dgrpo[eval]'.") from error
+    raise ImportError("dgrpo.evaluation.harness needs lm-evaluation-harness: pip install 'dgrpo[eval]'.") from error
 
 logger = logging.get_logger(__name__)
 

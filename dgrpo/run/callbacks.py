@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from dgrpo.evaluate import Evaluation, evaluate, greedy
+from dgrpo.evaluation.answers import Evaluation, evaluate, greedy
 from dgrpo.tasks import Task
 from dgrpo.trainers import DiffuGRPOTrainer
 

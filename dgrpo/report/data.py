@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-from dgrpo import completion_views
-from dgrpo.curves import draw_curves, with_summary_accuracy
-from dgrpo.page import write_page
-from dgrpo.player import printable
-from dgrpo.run_folder import (
+from dgrpo.report import selections
+from dgrpo.report.curves import draw_curves, with_summary_accuracy
+from dgrpo.report.page import write_page
+from dgrpo.report.run_folder import (
     Completion,
     Metrics,
     message_text,
@@ -17,6 +16,7 @@ from dgrpo.run_folder import (
     read_metrics,
     read_summary,
 )
+from dgrpo.text import duration, printable
 
 MAX_POINTS = 600  # of a curve; more are averaged
 MAX_SPREAD_ROWS, MAX_ROWS = 240, 60  # of the view over the whole run, and of each other view
@@ -129,16 +129,6 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
     return shown
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 07 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
 def thin(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
     """The curve as at most `limit` points, each the mean of its neighbours and at the last one's step."""
     size = -(-len(points) // limit)
@@ -213,18 +203,18 @@ def samples(stored: object) -> list[dict]:
 def completion_table(completions: list[Completion]) -> dict:
     """The views of the completions, over one pool of texts that stays under `MAX_TEXT_BYTES`."""
     views = [
-        ("Whole run", "evenly spaced over the run", completion_views.evenly_spaced(completions, MAX_SPREAD_ROWS)),
-        ("Best", "highest reward, latest first", completion_views.best(completions, MAX_ROWS)),
-        ("Worst", "lowest reward, latest first", completion_views.worst(completions, MAX_ROWS)),
+        ("Whole run", "evenly spaced over the run", selections.evenly_spaced(completions, MAX_SPREAD_ROWS)),
+        ("Best", "highest reward, latest first", selections.best(completions, MAX_ROWS)),
+        ("Worst", "lowest reward, latest first", selections.worst(completions, MAX_ROWS)),
         (
             "Most changed",
             "prompts sampled more than once, by the change of their mean reward between the first and the last time",
-            completion_views.most_changed(completions, MAX_ROWS),
+            selections.most_changed(completions, MAX_ROWS),
         ),
         (
             "Rewarded, wrong format",
             "reward without its format part; read these for reward hacking",
-            completion_views.paid_without_format(completions, MAX_ROWS),
+            selections.paid_without_format(completions, MAX_ROWS),
         ),
     ]
     prefix = common_beginning({completion.prompt for completion in completions})

@@ -12,9 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dgrpo.grading import wilson_interval
+from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.noise import row_keys
 from dgrpo.sampling import Rollout, SamplerConfig, end_token_ids, generate
-from dgrpo.sampling.draw import row_keys
 from rewards.format import format_reward
 
 
@@ -32,7 +32,7 @@ class Answer:
 
 
 class Answers(Protocol):
-    """Where finished answers are kept, such as `dgrpo.evaluation_rows.FinishedRows`."""
+    """Where finished answers are kept, such as `dgrpo.evaluation.files.FinishedRows`."""
 
     answers: dict[int, Answer]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from dgrpo.run_folder import Completion
+from dgrpo.report.run_folder import Completion
 from rewards.format import has_format
 
 # (completion, an earlier one for the same prompt to compare with, change of the prompt's mean reward between them)

@@ -1,10 +1,9 @@
 """Watching a rollout: its denoising step by step, in the terminal; rollouts on disk.
 
 A frame is one moment of the reverse process. Web pages and images are drawn from the same frames, by
-`dgrpo.player_export`.
+`dgrpo.player.export`.
 """
 
-import re
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dgrpo.sampling.rollout import Rollout
+from dgrpo.text import printable
 
 # Upper ends of the first four of five confidence levels, and a colour for each that is legible on black and on white.
 LEVELS = (0.3, 0.5, 0.7, 0.9)
@@ -29,9 +29,6 @@ COLOURS = ("#d9432f", "#c06000", "#8f7d00", "#0d8a6a", "#2a78d6")
 MUTED = "#808080"
 PROMPT_LINES = 4
 HIDDEN, LINE_END, EMPTY, SQUARE = "\u2591", "\u21b5", "\u25a1", "\u25a0"
-
-# What a model writes may hold terminal commands, and marks that turn the reading direction round.
-_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,6 @@ class Frame:
     def fresh(self, token: Token) -> bool:
         """Committed at this very step."""
         return token.step == self.step >= 0
-
-
-def printable(text: str) -> str:
-    """The text with characters that would steer a terminal or turn the line round made visible."""
-    return _UNPRINTABLE.sub(lambda match: "    " if match[0] == "\t" else "\ufffd", text)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

@@ -10,11 +10,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig
 
-from dgrpo.evaluate import Answer, Evaluation, answer_rows
-from dgrpo.evaluation_report import Result
-from dgrpo.evaluation_rows import FinishedRows, d1_items, digest, fingerprint, write_generations
-from dgrpo.grading import grade
-from dgrpo.grading_d1 import D1
+from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows
+from dgrpo.evaluation.d1 import D1
+from dgrpo.evaluation.files import FinishedRows, d1_items, digest, fingerprint, write_generations
+from dgrpo.evaluation.results import Result
+from dgrpo.evaluation.stored import grade
 from dgrpo.models import load_model
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import Task

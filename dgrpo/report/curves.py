@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dgrpo.run_folder import Metrics
+from dgrpo.report.run_folder import Metrics
 
 # Column of metrics.csv, title, and whether it is a share.
 PANELS = (

@@ -10,7 +10,7 @@ import yaml
 from pyarrow import ArrowException, Table, types
 from pyarrow.parquet import ParquetFile
 
-from dgrpo.player import printable
+from dgrpo.text import printable
 
 # A long run logs thousands of tables of completions; this many of them, evenly spaced, tell its story.
 MAX_TABLES = 300

@@ -10,8 +10,8 @@ from matplotlib.ticker import FuncFormatter
 from rich.console import Console
 from rich.table import Table
 
-from dgrpo.curves import COLOURS, INK, MUTED, dress
-from dgrpo.grading import Report
+from dgrpo.evaluation.stored import Report
+from dgrpo.report.curves import COLOURS, INK, MUTED, dress
 
 
 @dataclass(frozen=True)

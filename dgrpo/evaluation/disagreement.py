@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgrpo.grading import END_OF_TEXT, generation_sets, grade, infer_task, read_generations, sudoku_puzzle
-from dgrpo.grading_d1 import Item
+from dgrpo.evaluation.d1 import Item
+from dgrpo.evaluation.stored import END_OF_TEXT, generation_sets, grade, infer_task, read_generations, sudoku_puzzle
 from rewards.text import MAX_ANSWER_CHARS, TAGS, answer_block, boxed_contents
 
 

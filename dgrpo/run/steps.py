@@ -21,17 +21,17 @@ from transformers import set_seed
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from dgrpo.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of
-from dgrpo.report import write_curves, write_report
+from dgrpo.report.data import write_curves, write_report
+from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, move_earlier_run_aside, refuse_to_mix_runs
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
 
-CHECKPOINTS = Path(__file__).parent / "tiny" / "checkpoint"
+CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"
 
 
 # transformers 5.23 warns of its own renaming, which TRL has not followed yet.

@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-TEMPLATES = files("dgrpo") / "templates"
+TEMPLATES = files("dgrpo.report") / "templates"
 SCRIPTS = {"player": ["player.js"], "report": ["report.js", "report_table.js"]}
 
 

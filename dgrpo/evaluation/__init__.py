@@ -1,0 +1,1 @@
+"""Accuracy of checkpoints and of stored generations."""

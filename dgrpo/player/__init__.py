@@ -1,0 +1,1 @@
+"""Rollouts to watch: frames, the terminal, web pages and images."""
