@@ -125,7 +125,7 @@ def child(request: dict, environment: dict[str, str]) -> None:
         for fault in request.get("faults", []):
             if str(fault.get("rank", 0)) == environment.get("RANK", "0"):
                 install(fault)
-        from dgrpo.run.steps import main
+        from dgrpo.run import main
         from dgrpo.tasks import gsm8k
 
         sys.argv = ["gsm8k.py", *request["argv"]]
@@ -166,6 +166,8 @@ def serve() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)
     import deepspeed  # noqa: F401
+
+    import dgrpo.run  # noqa: F401
 
     for line in sys.stdin:
         os.write(answers, (json.dumps(run(json.loads(line))) + "\n").encode())
