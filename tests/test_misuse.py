@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -143,7 +144,7 @@ def test_a_wrong_command_line_is_told_before_a_model_is_loaded(monkeypatch, tmp_
     monkeypatch.setattr(dgrpo.run.steps, "load_model", loaded)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path / "run"), *words])
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        dgrpo.run.steps(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -154,7 +155,7 @@ def test_a_new_run_in_a_used_folder_is_told_before_a_model_is_loaded(monkeypatch
     monkeypatch.setattr(dgrpo.run.steps, "load_model", None)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: --resume true"):
-        dgrpo.run.steps(gsm8k.TASK, str(dgrpo.run.Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
 
 
 def test_a_models_name_is_no_model(config):
