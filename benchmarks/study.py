@@ -21,8 +21,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from dgrpo.evaluation.answers import evaluate, greedy
-from dgrpo.run.steps import parse_recipe, prepare_model, rewards_of
-from dgrpo.tasks import TASKS, load_rows
+from dgrpo.run import build, parse_recipe
+from dgrpo.tasks import TASKS
 from dgrpo.trainers import DiffuGRPOTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -105,25 +105,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     if run.preset is not None:
         argv += ["--preset", str(ROOT / "recipes" / "presets" / f"{run.preset}.yaml")]
     recipe, args, model_config = parse_recipe(str(recipe_file), argv=argv)
-    task = TASKS[run.task]
-    rows, held_out = load_rows(
-        task,
-        recipe.dataset,
-        num_train=recipe.num_train_problems,
-        num_held_out=recipe.num_eval_problems,
-        instruction=recipe.instruction,
-        seed=run.seed,
-    )
-    model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
-    trainer = DiffuGRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=args,
-        peft_config=peft_config,
-        train_dataset=rows,
-        reward_funcs=rewards_of(recipe),
-        estimator=run.estimator,
-    )
+    trainer, held_out = build(TASKS[run.task], recipe, args, model_config, estimator=run.estimator)
     for printed in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printed)
     names = ("max_completion_length", "block_length", "diffusion_steps", "temperature")

@@ -50,13 +50,13 @@ def watch(arguments: argparse.Namespace) -> None:
     from dgrpo.models import load_model
     from dgrpo.player.export import write_gif, write_html
     from dgrpo.player.frames import load_rollout, play, save_rollout
-    from dgrpo.run.steps import CHECKPOINTS, one_thread_unless_told
+    from dgrpo.run.steps import CHECKPOINTS, default_to_one_thread
     from dgrpo.sampling import SamplerConfig, generate
     from dgrpo.tasks import EMBEDDED, prompt_messages
 
     name = arguments.model
     if name == EMBEDDED:
-        one_thread_unless_told()
+        default_to_one_thread()
         name = str(CHECKPOINTS / "gsm8k")
     model, tokenizer = load_model(name, arguments.dtype, adapter=arguments.adapter)
     model.to(arguments.device)

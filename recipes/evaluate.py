@@ -25,7 +25,7 @@ from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation.results import show_results, stored_result, write_results
 from dgrpo.evaluation.stored import grade_setups, infer_task
 from dgrpo.report.run_folder import read_config
-from dgrpo.run.steps import embedded_checkpoint, one_thread_unless_told
+from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 
@@ -87,7 +87,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
     run = settings_of_run(chosen)
     embedded = run.get("model_name_or_path") == EMBEDDED or all(each.model == str(embedded_folder) for each in chosen)
     if embedded:
-        one_thread_unless_told()
+        default_to_one_thread()
         run = {"dataset": EMBEDDED, "instruction": ""} | run
     configs = samplers(arguments, task, embedded)
     # As the run divided its rows, unless others are asked for: then all of these.

@@ -15,11 +15,11 @@ from peft import get_peft_model
 from trl import ModelConfig
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
-from dgrpo.run.steps import parse_recipe, prepare_model
+from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
-from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
+from dgrpo.trainers.checkpoints import refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.sft import from_s1k
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     trainer = MaskedSFTTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(args.output_dir, recipe.resume))
+    trainer.train(resume_from_checkpoint=resume_checkpoint(args.output_dir, recipe.resume))
     trainer.save_model()
 
 

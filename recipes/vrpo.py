@@ -14,11 +14,11 @@ from trl import ModelConfig
 
 from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
 from dgrpo.evaluation.answers import evaluate
-from dgrpo.run.steps import parse_recipe, prepare_model
+from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
-from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, refuse_to_mix_runs
+from dgrpo.trainers.checkpoints import refuse_to_mix_runs, resume_checkpoint
 
 
 @dataclass
@@ -52,7 +52,7 @@ def main() -> None:
     trainer = VRPOTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
     evaluated = embedded and recipe.num_eval_problems and trainer.is_world_process_zero()
     before = accuracy(model, tokenizer, recipe.num_eval_problems) if evaluated else ""
-    trainer.train(resume_from_checkpoint=checkpoint_to_go_on_from(args.output_dir, recipe.resume))
+    trainer.train(resume_from_checkpoint=resume_checkpoint(args.output_dir, recipe.resume))
     trainer.save_model()
     if evaluated:
         print(f"before: {before}\nafter:  {accuracy(model, tokenizer, recipe.num_eval_problems)}")

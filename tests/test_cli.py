@@ -108,7 +108,7 @@ def test_the_settings_that_the_help_names_exist():
 
     from dgrpo import DiffuGRPOConfig
     from dgrpo.__main__ import SETTINGS_HELP, TRAIN_HELP
-    from dgrpo.run.steps import RecipeConfig
+    from dgrpo.run.settings import RecipeConfig
 
     known = {action.dest for action in TrlParser((RecipeConfig, DiffuGRPOConfig, ModelConfig))._actions}
     named = set(re.findall(r"--(\w+)", SETTINGS_HELP + TRAIN_HELP)) - {"config", "preset", "help"}

@@ -56,7 +56,7 @@ def test_every_flag_of_d1_has_an_answer_that_exists():
     from trl import ModelConfig
 
     from dgrpo import DiffuGRPOConfig
-    from dgrpo.run.steps import RecipeConfig
+    from dgrpo.run.settings import RecipeConfig
 
     known = {each.name for config in (DiffuGRPOConfig, ModelConfig, RecipeConfig) for each in fields(config)}
     rows = table("docs/migration.md", "d1's train.yaml")

@@ -14,6 +14,8 @@ from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.tasks import gsm8k
 from dgrpo.trainers.config import _REFUSED
 
+RECIPE = str(Path(__file__).parents[1] / "recipes/gsm8k.py")
+
 # Fields of TRL's that mean something to a mask predictor, beside those that are refused and transformers' own.
 HONOURED = (
     "model_init_kwargs disable_dropout num_generations num_generations_eval max_completion_length "

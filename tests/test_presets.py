@@ -7,9 +7,9 @@ import pytest
 import yaml
 from trl import ModelConfig
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.run.steps import RecipeConfig, parse_recipe, prepare_model, rewards_of
-from dgrpo.tasks import gsm8k, load_rows
+from dgrpo import DiffuGRPOConfig
+from dgrpo.run import RecipeConfig, build, parse_recipe
+from dgrpo.tasks import gsm8k
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "gsm8k.py"
@@ -42,20 +42,12 @@ def test_every_preset_lies_over_every_recipe(recipe, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_trains_five_steps(preset, tmp_path):
     argv = ["--preset", str(preset), "--max_steps", "5", "--output_dir", str(tmp_path), "--report_to", "none"]
+    argv += ["--num_train_problems", "64", "--num_eval_problems", "8"]
     argv += ["--per_device_train_batch_size", "16", "--log_completions", "false", *FITTED.get(preset.stem, [])]
     recipe, args, model_config = parse_recipe(
         str(RECIPE), RecipeConfig, DiffuGRPOConfig, ModelConfig, argv=[*argv, "--disable_tqdm", "true"]
     )
-    train_rows, _ = load_rows(gsm8k.TASK, recipe.dataset, num_train=64, num_held_out=8, instruction="")
-    model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
-    trainer = DiffuGRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=args,
-        peft_config=peft_config,
-        train_dataset=train_rows,
-        reward_funcs=rewards_of(recipe),
-    )
+    trainer, _ = build(gsm8k.TASK, recipe, args, model_config)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     losses = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
-from dgrpo.run.steps import parse_recipe
+from dgrpo.run.settings import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "gsm8k.py"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dgrpo.run.steps import parse_recipe, rewards_of
+from dgrpo.run.settings import parse_recipe
+from dgrpo.run.steps import rewards_of
 from dgrpo.tasks import TASKS, load_rows
 from dgrpo.trainers.rewards import check_columns
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import Trainer, TrainerState
 
+from dgrpo import run
 from dgrpo.evaluation.answers import Evaluation
-from dgrpo.run import steps as run
+from dgrpo.run import summary
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile
 from dgrpo.tasks import TASKS, gsm8k
 
@@ -81,9 +82,9 @@ def test_a_resumed_run_began_with_what_its_first_part_measured(tmp_path, monkeyp
 
 def test_brackets_in_a_question_are_shown_as_they_are(capsys, tmp_path):
     side = Evaluation(["x"], [True], [False], [1], 1.0, 1).summary()
-    summary = {"task": "t", "before": side, "after": side, "steps": 1, "wall_seconds": 1.0, "cpu_seconds": 1.0}
+    came_to = {"task": "t", "before": side, "after": side, "steps": 1, "wall_seconds": 1.0, "cpu_seconds": 1.0}
     sample = {"prompt": "What is list[int] in [/INST]?", "gold": "[a, b]", "before": "[x]", "after": "[/y]"}
-    run.show_summary(summary, [sample], tmp_path)
+    summary.show_summary(came_to, [sample], tmp_path)
     shown = capsys.readouterr().out
     for text in ("list[int] in [/INST]?", "(answer [a, b])", "[x]", "[/y]"):
         assert text in shown
@@ -115,7 +116,7 @@ def asked(monkeypatch, tmp_path):
 
     for name, stub in (("load_rows", load_rows), ("evaluate_checkpoint", evaluate_checkpoint)):
         monkeypatch.setattr(recipe, name, stub)
-    for name in ("write_results", "show_results", "one_thread_unless_told"):
+    for name in ("write_results", "show_results", "default_to_one_thread"):
         monkeypatch.setattr(recipe, name, lambda *given: None)
 
     def start(*words: str) -> list:

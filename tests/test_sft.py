@@ -8,7 +8,7 @@ from stopping import StopAt
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.noise import stream
 from dgrpo.trainers import checkpoints
-from dgrpo.trainers.checkpoints import checkpoint_to_go_on_from, whole_checkpoints
+from dgrpo.trainers.checkpoints import resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
@@ -149,7 +149,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(tiny_llada, tokenizer,
     run("cut", stop=4)
     # What a kill leaves of a checkpoint that was being written.
     (tmp_path / "cut/unfinished/checkpoint-6").mkdir(parents=True)
-    resumed = run("cut", resume_from_checkpoint=checkpoint_to_go_on_from(tmp_path / "cut", resume=True))
+    resumed = run("cut", resume_from_checkpoint=resume_checkpoint(tmp_path / "cut", resume=True))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert [path.name for path in whole_checkpoints(tmp_path / "cut")] == [
         "checkpoint-2",
@@ -159,10 +159,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(tiny_llada, tokenizer,
     assert not (tmp_path / "cut/unfinished").exists()
 
 
-def test_no_checkpoint_to_go_on_from_is_told(tmp_path, monkeypatch):
+def test_no_resume_checkpoint_is_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(checkpoints.logger, "warning", told.append)
-    assert checkpoint_to_go_on_from(tmp_path, resume=False) is None
+    assert resume_checkpoint(tmp_path, resume=False) is None
     assert not told
-    assert checkpoint_to_go_on_from(tmp_path, resume=True) is None
+    assert resume_checkpoint(tmp_path, resume=True) is None
     assert "starts from the beginning" in told[0]

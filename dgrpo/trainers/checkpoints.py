@@ -61,7 +61,7 @@ def move_earlier_run_aside(output_dir: str | Path) -> Path | None:
     return moved
 
 
-def checkpoint_to_go_on_from(output_dir: str | Path, resume: bool) -> str | None:
+def resume_checkpoint(output_dir: str | Path, resume: bool) -> str | None:
     """The newest whole checkpoint where a run is to be resumed; None, with a warning, where there is none."""
     if not resume:
         return None

@@ -1,0 +1,111 @@
+"""Settings of a run: what a recipe adds to the trainer's and the model's, how they are read and stored."""
+
+import json
+import sys
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from dgrpo.trainers import DiffuGRPOConfig
+
+
+@dataclass
+class RecipeConfig:
+    """What a recipe adds to the trainer's and the model's settings."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards: 'package.module:function' or installed names."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, local .jsonl/.json/.csv/.parquet file, or 'embedded'."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, if not of the same source."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Use only so many training problems."})
+    num_eval_problems: int = field(default=512, metadata={"help": "Held-out problems of each evaluation."})
+    evaluate_every: int = field(default=0, metadata={"help": "Updates between evaluations; 0: before and after only."})
+    instruction: str | None = field(default=None, metadata={"help": "Text before each question; default: the task's."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to go on from."}
+    )
+    sample_every: int = field(default=4, metadata={"help": "Rollouts between printed completions; 0: none."})
+    keep_best: bool = field(
+        default=True, metadata={"help": "Keep the weights of the best evaluation in output_dir/best (evaluate_every)."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+    def __post_init__(self):
+        for name, least in {
+            "num_train_problems": 1,
+            "num_eval_problems": 1,
+            "evaluate_every": 0,
+            "sample_every": 0,
+        }.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}={value}: must be {least} or more.")
+
+
+def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None) -> tuple:
+    """The recipe's settings: the YAML beside it or --config FILE, then --preset FILE, then the command line.
+
+    Unknown keys of a YAML or of the command line are a ValueError.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    files = [_option(argv, "--config") or str(Path(recipe).with_suffix(".yaml")), _option(argv, "--preset")]
+    settings: dict[str, Any] = {}
+    for file in filter(None, files):
+        loaded = yaml.safe_load(Path(file).read_text())
+        if not isinstance(loaded, dict):
+            raise ValueError(f"config={file!r}: must be a YAML mapping of settings.")
+        settings |= loaded
+    # Without abbreviations: `--learning_rat 1` must be refused, not read as the learning rate.
+    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig), allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"{' + '.join(filter(None, files))}: unknown keys {unknown}. Remove them or mend their spelling."
+        )
+    parser.set_defaults_with_config(**settings)
+    *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"unknown arguments {rest}. `--help` lists the settings.")
+    if checkpoint := next((c.resume_from_checkpoint for c in configs if hasattr(c, "resume_from_checkpoint")), None):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is not read; --resume true goes on from the newest whole "
+            "checkpoint in output_dir."
+        )
+    return tuple(configs)
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    """Takes `name VALUE` or `name=VALUE` out of argv."""
+    for index, word in enumerate(argv):
+        if word == name and index + 1 < len(argv):
+            del argv[index]
+            return argv.pop(index)
+        if word.startswith(name + "="):
+            return argv.pop(index).partition("=")[2]
+    return None
+
+
+def write_config(output_dir: Path, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig) -> None:
+    """Writes config.yaml: what was asked for beyond the defaults, of model, recipe and trainer; --config reads it."""
+    settings = _changed(model_config, asdict(model_config)) | asdict(recipe) | _changed(args, args.to_dict())
+    # The one follows from the other, and both are not taken.
+    settings.pop("generation_batch_size", None)
+    (output_dir / "config.yaml").write_text(
+        yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
+    )
+
+
+def _changed(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a configuration's values that are not its defaults; no secrets."""
+    plain = {name: each.default for name, each in type(config).__dataclass_fields__.items()}
+    made = {
+        name: each.default_factory()
+        for name, each in type(config).__dataclass_fields__.items()
+        if each.default_factory is not MISSING
+    }
+    return {name: value for name, value in values.items() if value != (plain | made).get(name) and "token" not in name}

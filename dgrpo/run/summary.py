@@ -1,0 +1,83 @@
+"""What a run came to: summary.json, and the same problems before and after, on the console."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from trl import ModelConfig
+
+from dgrpo.run.callbacks import HeldOutEvaluation
+from dgrpo.trainers import DiffuGRPOTrainer
+
+
+def summary_of(
+    trainer: DiffuGRPOTrainer,
+    evaluation: HeldOutEvaluation,
+    model_config: ModelConfig,
+    wall_seconds: float,
+    cpu_seconds: float,
+) -> dict:
+    """What summary.json holds: accuracy before and after, and what the run took, on what."""
+    args = trainer.args
+    return {
+        "task": evaluation.task.name,
+        "model": model_config.model_name_or_path,
+        "seed": args.seed,
+        "before": evaluation.before.summary(),
+        "after": evaluation.after.summary(),
+        "steps": trainer.state.global_step,
+        "wall_seconds": round(wall_seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "num_processes": trainer.accelerator.num_processes,
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "estimator": args.estimator if isinstance(args.estimator, str) else "custom",
+        "versions": {name: version(name) for name in ("dgrpo", "torch", "trl", "transformers", "peft", "deepspeed")},
+    }
+
+
+def samples_of(evaluation: HeldOutEvaluation, number: int = 16) -> list[dict[str, str]]:
+    """The first held-out problems with the completions before and after training."""
+    rows = zip(evaluation.rows, evaluation.before.completions, evaluation.after.completions, strict=True)
+    return [
+        {"prompt": row["question"], "gold": str(row.get("answer", "")), "before": before, "after": after}
+        for row, before, after in list(rows)[:number]
+    ]
+
+
+def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
+    """The same problems before and after, and accuracy as a small table."""
+    console = Console()
+    for sample in samples:
+        prompt, gold = escape(sample["prompt"]), escape(sample["gold"])
+        console.print(f"\n[bold]{prompt}[/bold]  (answer {gold})", highlight=False)
+        for when in ("before", "after"):
+            console.print(f"  {when:>6}: {sample[when]!r}", markup=False, highlight=False)
+    table = Table(title=f"{summary['task']}, held-out, greedy, n={summary['before']['n']}")
+    for column in ("", "accuracy", "95 % interval", "reason", "length"):
+        table.add_column(column, justify="left" if not column else "right")
+    for when in ("before", "after"):
+        found = summary[when]
+        low, high = found["interval"]
+        table.add_row(
+            when,
+            f"{found['accuracy']:.1%}",
+            f"{low:.1%} - {high:.1%}",
+            f"{found['reasons']:.0%}",
+            f"{found['mean_length']:.1f}",
+        )
+    console.print()
+    console.print(table)
+    before = summary["before"]
+    where_it_reasons = before["accuracy_where_it_reasons"]
+    if where_it_reasons is not None:
+        console.print(
+            f"Before training, the model showed its reasoning on {round(before['reasons'] * before['n'])} of "
+            f"{before['n']} problems; {where_it_reasons:.1%} of those answers were right."
+        )
+    console.print(
+        f"{summary['steps']} updates in {summary['wall_seconds']:.0f} s ({summary['cpu_seconds']:.0f} CPU-s); "
+        f"everything is in {output_dir}{os.sep}"
+    )
