@@ -48,8 +48,8 @@ def watch(arguments: argparse.Namespace) -> None:
 
     from dgrpo.evaluation.answers import encode_prompts
     from dgrpo.models import load_model
-    from dgrpo.player.export import write_gif, write_html
-    from dgrpo.player.frames import load_rollout, play, save_rollout
+    from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
+    from dgrpo.player.terminal import play
     from dgrpo.run.steps import CHECKPOINTS, default_to_one_thread
     from dgrpo.sampling import SamplerConfig, generate
     from dgrpo.tasks import EMBEDDED, prompt_messages

@@ -10,21 +10,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from dgrpo.player.export import write_gif, write_html
-from dgrpo.player.frames import (
-    HIDDEN,
-    LINE_END,
-    block_length_of,
-    canvas_lines,
-    frames,
-    load_rollout,
-    play,
-    prompt_text,
-    render,
-    save_rollout,
-    token_texts,
-    window,
-)
+from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
+from dgrpo.player.frames import LINE_END, Frame, Token, block_length_of, frames, prompt_text, token_texts
+from dgrpo.player.terminal import HIDDEN, canvas_lines, play, render, window
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.rollout import ended
 from dgrpo.text import printable
@@ -88,24 +76,40 @@ def test_token_texts_join_to_the_decoded_text(tokenizer):
 def test_frames_follow_the_order_of_commitment(rollout, tokenizer):
     for row in range(2):
         shots = frames(rollout, tokenizer, row)
-        steps = sorted({step for step in rollout.revealed_at[row].tolist() if step < LENGTH})
+        revealed_at = rollout.revealed_at[row]
+        steps = sorted({step for step in revealed_at.tolist() if step < LENGTH})
         assert [shot.step for shot in shots] == [-1, *steps]
         for shot in shots:
-            assert [shot.shown(token) for token in shot.tokens] == (rollout.revealed_at[row] <= shot.step).tolist()
-            fresh = [position for position, token in enumerate(shot.tokens) if shot.fresh(token)]
-            assert fresh == (rollout.revealed_at[row] == shot.step).nonzero().flatten().tolist()
+            assert [token is not None for token in shot.tokens] == (revealed_at <= shot.step).tolist()
+            fresh = [position for position in range(LENGTH) if shot.fresh(position)]
+            assert fresh == (revealed_at == shot.step).nonzero().flatten().tolist()
             if fresh:
                 assert shot.block == fresh[0] // BLOCK
         last = shots[-1]
-        said = "".join(token.text for token in last.tokens if last.shown(token) and not token.after_end)
+        assert last.length == rollout.completion_mask[row].sum()
+        said = "".join(token.text for token in last.tokens[: last.length])
         assert said == tokenizer.decode(rollout.completion_ids[row][rollout.completion_mask[row]])
+
+
+def test_frames_tell_nothing_of_what_comes(rollout, tokenizer):
+    """Until its commitment, neither a token's length nor the end of the completion can be seen."""
+    other = rollout_of(tokenizer, ["<answer>\n8\n</answer>\n", ANSWER])
+    first, second = (frames(each, tokenizer, 0)[0] for each in (rollout, other))
+    assert canvas_lines(first, 40) == canvas_lines(second, 40)
+    assert first.length == LENGTH
+    for shot in frames(rollout, tokenizer, 0):
+        end = int(rollout.completion_mask[0].sum()) - 1
+        assert shot.length == (end + 1 if rollout.revealed_at[0, end] <= shot.step else LENGTH)
+        drawn_ = {position: char for line in canvas_lines(shot, 40) for position, char in line}
+        hidden = [position for position in range(shot.length) if shot.tokens[position] is None]
+        assert all(drawn_[position] == HIDDEN for position in hidden)
 
 
 def test_given_tokens_are_there_from_the_start(rollout, tokenizer):
     given = rollout.revealed_at.clone()
     given[0, 3] = -1
     first = frames(replace(rollout, revealed_at=given), tokenizer, 0)[0]
-    assert [first.shown(token) for token in first.tokens] == [position == 3 for position in range(LENGTH)]
+    assert [token is not None for token in first.tokens] == [position == 3 for position in range(LENGTH)]
 
 
 def test_row_out_of_range_is_refused(rollout, tokenizer):
@@ -134,21 +138,19 @@ def test_prompt_is_shown_without_padding_and_special_tokens(rollout, tokenizer):
     assert prompt_text(rollout, tokenizer, 0) == PROMPT
 
 
-def test_levels_of_confidence(rollout, tokenizer):
-    token = frames(rollout, tokenizer)[0].tokens[0]
-    levels = [replace(token, confidence=value).level for value in (0.0, 0.29, 0.3, 0.5, 0.69, 0.7, 0.89, 0.9, 1.0)]
+def test_levels_of_confidence():
+    levels = [Token("a", 0, value, 0.0).level for value in (0.0, 0.29, 0.3, 0.5, 0.69, 0.7, 0.89, 0.9, 1.0)]
     assert levels == [0, 0, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("width", [7, 20, 100])
 def test_lines_keep_the_text_and_the_width(rollout, tokenizer, width):
-    tokens = frames(rollout, tokenizer)[0].tokens
-    lines = canvas_lines(tokens, width)
-    assert all(len(line) <= width for line in lines)
-    assert [position for line in lines for position, _ in line] == sorted(
-        position for line in lines for position, _ in line
-    )
-    text = "".join(token.text for token in tokens if not token.after_end)
+    for shot in frames(rollout, tokenizer):
+        lines = canvas_lines(shot, width)
+        assert all(len(line) <= width for line in lines)
+        positions = [position for line in lines for position, _ in line]
+        assert positions == sorted(positions)
+    text = "".join(token.text for token in shot.tokens[: shot.length])
     drawn = "".join(char for line in lines for _, char in line)
     without = str.maketrans("", "", f"\n {LINE_END}")
     assert drawn.translate(without) == text.translate(without)
@@ -156,13 +158,13 @@ def test_lines_keep_the_text_and_the_width(rollout, tokenizer, width):
         assert ["".join(char for _, char in line) for line in lines] == text.split("\n")
 
 
-def test_lines_break_between_words(rollout, tokenizer):
-    token = frames(rollout, tokenizer)[0].tokens[0]
-    tokens = tuple(
-        replace(token, text=text, after_end=False) for text in ("one", " two", " th", "ree", "\n\n", "four")
-    )
-    lines = ["".join(char for _, char in line) for line in canvas_lines(tokens, 10)]
+def test_lines_break_between_words_and_hidden_tokens():
+    texts = ("one", " two", " th", "ree", "\n\n", "four")
+    tokens = tuple(Token(text, 0, 1.0, 0.0) for text in texts)
+    lines = ["".join(char for _, char in line) for line in canvas_lines(Frame(0, tokens, 6), 10)]
     assert lines == ["one two ", "three" + LINE_END, "", "four"]
+    hidden = (None, None, None, None, *tokens[2:4])
+    assert [len(line) for line in canvas_lines(Frame(0, hidden, 6), 6)] == [5, 5]
 
 
 def drawn(renderable, width=100) -> str:
@@ -177,8 +179,7 @@ def test_terminal_shows_what_is_committed_and_no_more(rollout, tokenizer):
     assert "</answer>" in last
     assert HIDDEN not in last
     assert "answer" not in first
-    shown_text = sum(len(token.text.replace("\n", "")) or 1 for token in shots[0].tokens if not token.after_end)
-    assert first.count(HIDDEN) == shown_text
+    assert first.count(HIDDEN) == LENGTH
     assert f"step {LENGTH:>2}" in drawn(render(replace(shots[-1], step=LENGTH - 1), num_steps=LENGTH, width=100))
     for width in (40, 60, 100):
         assert {
@@ -188,12 +189,11 @@ def test_terminal_shows_what_is_committed_and_no_more(rollout, tokenizer):
 
 def test_tall_completions_show_what_is_new(rollout, tokenizer):
     for shot in frames(rollout, tokenizer, 0):
-        lines = canvas_lines(shot.tokens, 96)
+        lines = canvas_lines(shot, 96)
         seen = window(lines, shot, 2)
-        assert len(seen) == 2
+        assert len(seen) == min(2, len(lines))
         positions = {position for line in seen for position, _ in line}
-        new = {k for k, token in enumerate(shot.tokens) if shot.fresh(token) and not token.after_end}
-        assert new <= positions
+        assert {k for k in range(shot.length) if shot.fresh(k)} <= positions
         assert window(lines, shot, 100) == lines
 
 
@@ -202,7 +202,7 @@ def test_play_writes_every_frame_to_a_terminal_and_the_last_to_a_file(rollout, t
     play(rollout, tokenizer, 0, steps_per_second=1e6, console=terminal)
     written = terminal.file.getvalue()
     assert written.count("denoising") == len(frames(rollout, tokenizer, 0)) + 1
-    monkeypatch.setattr("dgrpo.player.frames.time.sleep", pytest.fail)
+    monkeypatch.setattr("dgrpo.player.terminal.time.sleep", pytest.fail)
     file = Console(file=io.StringIO(), width=80)
     play(rollout, tokenizer, 0, console=file)
     assert file.file.getvalue().count("denoising") == 1
@@ -263,17 +263,18 @@ def chromium():
 def test_page_plays_in_a_browser(chromium, rollout, tokenizer, tmp_path):
     page = write_html(tmp_path / "player.html", rollout, tokenizer, title="<i>Two</i> & more")
     said = tokenizer.decode(rollout.completion_ids[0][rollout.completion_mask[0]]).replace("\n\n", f"{LINE_END}\n\n")
-    count = "document.querySelectorAll('#text .hidden').length"
+    count = "document.querySelectorAll('#text .hidden:not([hidden])').length"
+    shots = frames(rollout, tokenizer, 0)
+    hidden = [sum(token is None for token in shot.tokens[: shot.length]) for shot in shots]
     grounds = []
     for dark in (False, True):
         chromium.open(page, dark=dark)
         assert chromium.evaluate("document.title") == "<i>Two</i> & more"
-        assert chromium.evaluate(count) == int(rollout.completion_mask[0].sum())
+        assert chromium.evaluate(count) == hidden[0] == LENGTH
         grounds.append(chromium.evaluate("getComputedStyle(document.body).backgroundColor"))
         for step in range(1, 4):
             chromium.press("ArrowRight")
-            committed = rollout.revealed_at[0] <= frames(rollout, tokenizer, 0)[step].step
-            assert chromium.evaluate(count) == int((rollout.completion_mask[0] & ~committed).sum())
+            assert chromium.evaluate(count) == hidden[step]
         chromium.press("ArrowLeft")
         assert chromium.evaluate("document.getElementById('slider').value") == "2"
         chromium.press("End")

@@ -1,1 +1,1 @@
-"""Rollouts to watch: frames, the terminal, web pages and images."""
+"""Watching a rollout: its denoising step by step, in the terminal, as a web page and as an animated image."""

@@ -13,10 +13,10 @@ let row, words, squares, blocks, timer = null;
 const levelOf = (confidence) => data.levels.filter((bound) => confidence >= bound).length;
 
 function tooltip(token, position) {
+  if (token === null) return `token ${position + 1}, hidden`;
   if (token.step < 0) return `token ${position + 1}, given in advance`;
-  if (token.step >= data.num_steps) return `token ${position + 1}, never denoised`;
   return `token ${position + 1}, step ${token.step + 1}, confidence ${token.confidence.toFixed(3)}, ` +
-    `entropy ${token.entropy.toFixed(3)} nats`;
+    `entropy ${token.entropy.toFixed(3)} nats` + (token.earlier ? `; earlier: ${token.earlier.map((text) => JSON.stringify(text)).join(", ")}` : "");
 }
 
 function showRow(number) {
@@ -25,39 +25,43 @@ function showRow(number) {
   find("prompt").hidden = !row.prompt;
   find("text").replaceChildren();
   find("canvas").replaceChildren();
+  blocks = [];
   words = [];
   squares = [];
-  blocks = [];
-  row.tokens.forEach((token, position) => {
-    while (blocks.length <= token.block) blocks.push(make("span", find("canvas")));
-    const square = make("i", blocks[token.block]);
-    square.title = tooltip(token, position);
-    squares.push(square);
-    if (token.after_end) return;
-    const onlyLineEnds = token.text.replaceAll("\n", "") === "";
-    const word = make("span", find("text"), onlyLineEnds ? "\u21b5" + token.text : token.text);
-    word.title = square.title;
-    words.push(word);
-  });
+  for (let position = 0; position < row.length; position += 1) {
+    if (position % row.block_length === 0) blocks.push(make("span", find("canvas")));
+    squares.push(make("i", blocks.at(-1)));
+    words.push(make("span", find("text")));
+  }
   slider.max = row.steps.length - 1;
   showFrame(0);
 }
 
+// The canvas after the frame of this number: what is hidden is null, and has no text and no width of its own.
+function canvasAt(index) {
+  const tokens = Array(row.length).fill(null);
+  for (const { changes } of row.steps.slice(0, index + 1)) for (const [position, token] of changes) tokens[position] = token;
+  return tokens;
+}
+
 function showFrame(index) {
   slider.value = index;
-  const step = row.steps[index];
-  let shown = 0, atWork = 0;
-  row.tokens.forEach((token, position) => {
-    const isShown = token.step <= step, isFresh = token.step === step && step >= 0;
-    const look = token.step < 0 ? "given" : `l${levelOf(token.confidence)}`;
-    shown += isShown;
-    if (isFresh) atWork = token.block;
-    squares[position].className = (isShown ? look : "") + (token.after_end ? " after-end" : "");
-    if (words[position]) words[position].className = isShown ? look + (isFresh ? " fresh" : "") : "hidden";
+  const { step, block, changes } = row.steps[index], tokens = canvasAt(index);
+  const end = tokens.findIndex((token) => token?.ends), length = end < 0 ? tokens.length : end + 1;
+  const rehidden = new Set(changes.filter((change) => change[1] === null).map((change) => change[0]));
+  tokens.forEach((token, position) => {
+    const look = token === null ? "" : token.step < 0 ? "given" : `l${levelOf(token.confidence)}`;
+    const word = words[position], text = token?.text ?? "";
+    squares[position].className = look + (position >= length ? " after-end" : "");
+    word.hidden = position >= length;
+    word.textContent = position >= length ? "" : token !== null && text.replaceAll("\n", "") === "" ? "\u21b5" + text : text;
+    word.className = token === null ? "hidden" + (rehidden.has(position) ? " again" : "")
+      : look + (token.step === step && step >= 0 ? " fresh" : "") + (token.earlier ? " rewritten" : "");
+    squares[position].title = word.title = tooltip(token, position);
   });
-  blocks.forEach((block, number) => { block.className = number === atWork ? "at-work" : ""; });
-  find("status").textContent = `step ${step + 1}/${data.num_steps}, block ` +
-    `${atWork + 1}/${blocks.length}, ${shown}/${row.tokens.length} tokens`;
+  blocks.forEach((part, number) => { part.className = number === block ? "at-work" : ""; });
+  find("status").textContent = `step ${step + 1}/${data.num_steps}, block ${block + 1}/${blocks.length}, ` +
+    `${tokens.filter((token) => token !== null).length}/${tokens.length} tokens`;
 }
 
 function pause() {
