@@ -17,9 +17,8 @@ from accelerate import PartialState
 from dgrpo import SamplerConfig, load_model
 from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, encode_prompts, evaluate
 from dgrpo.evaluation.checkpoints import checkpoints, evaluate_checkpoint, labels
-from dgrpo.evaluation.d1 import sudoku_puzzle
 from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
-from dgrpo.evaluation.files import FinishedRows, as_d1_stores, d1_items, fingerprint
+from dgrpo.evaluation.files import FinishedRows, d1_items, fingerprint
 from dgrpo.evaluation.interval import wilson_interval
 from dgrpo.evaluation.results import Result, results_table, write_results
 from dgrpo.evaluation.stored import grade, grade_files
@@ -214,19 +213,20 @@ def test_right_texts_on_every_task_are_right_once_stored_by_both_protocols(name)
         text = f"<reasoning>\n...\n</reasoning>\n<answer>\n{inside}\n</answer>"
         columns = {column: [value] for column, value in row.items() if column != "prompt"}
         assert task.grade(prompts=[row["prompt"]], completions=[text], **columns) == [1.0]
-        items = d1_items(name, [row], [Answer(0, text, 1.0, True, 9, True, 0.1)], "<|endoftext|>")
+        items = d1_items(task, [row], [Answer(0, text, 1.0, True, 9, True, 0.1)], "<|endoftext|>")
         assert [grade(items, name, protocol).accuracy for protocol in ("strict", "d1")] == [1.0, 1.0]
 
 
 def test_rows_as_d1_stores_them():
-    assert as_d1_stores("gsm8k", {"question": "q", "answer": "1,080"}, "t") == {
-        "question": "q", "generations": "t", "ground_truth": 1080.0,
-    }  # fmt: skip
-    assert as_d1_stores("gsm8k", {"question": "q", "answer": "none"}, "")["ground_truth"] is None
+    gsm8k, sudoku, code = (TASKS[name] for name in ("gsm8k", "sudoku", "code"))
+    assert gsm8k.to_stored({"question": "q", "answer": "1,080"}) == {"question": "q", "ground_truth": 1080.0}
+    assert gsm8k.to_stored({"question": "q", "answer": "none"})["ground_truth"] is None
     nine = {"question": "0" * 81, "puzzle": "0" * 81, "solution": "1" * 81}
-    assert sudoku_puzzle(as_d1_stores("sudoku", nine, "")["question"]) == "0" * 81
-    assert as_d1_stores("code", {"question": "q", "tests": ["assert f()"]}, "")["ground_truth"] == ["assert f()"]
-    other = d1_items("math500", [{"question": "q", "answer": "1"}], [Answer(0, "t", 1.0, True, 1, True, 0.1)], "</s>")
+    assert sudoku.from_stored(sudoku.to_stored(nine)) == {"puzzle": "0" * 81, "solution": "1" * 81}
+    assert code.to_stored({"question": "q", "tests": ["assert f()"]})["ground_truth"] == ["assert f()"]
+    other = d1_items(
+        TASKS["math500"], [{"question": "q", "answer": "1"}], [Answer(0, "t", 1.0, True, 1, True, 0.1)], "</s>"
+    )
     assert other[0]["generations"] == "t", "an end that no grader knows is left out"
 
 

@@ -10,7 +10,7 @@ import pytest
 from dgrpo.evaluation.answers import Answer, Evaluation
 from dgrpo.evaluation.d1 import D1, d1_countdown, d1_gsm8k, d1_math500, d1_sudoku, last_box, normal_form
 from dgrpo.evaluation.disagreement import differing, disagreements, reason
-from dgrpo.evaluation.files import as_d1_stores, d1_items, write_generations
+from dgrpo.evaluation.files import d1_items, write_generations
 from dgrpo.evaluation.interval import wilson_interval
 from dgrpo.evaluation.stored import generation_sets, grade, grade_files, grade_setups, infer_task, setup_name
 from dgrpo.tasks import TASKS
@@ -264,7 +264,7 @@ def test_stored_texts_of_every_task_are_graded_as_they_were(name, tmp_path):
     answers = [Answer(i, texts[i], marks[i], True, 9, True, 0.1) for i in range(4)]
     found = Evaluation.of(answers)
     path = tmp_path / f"{name}_9_9_0_generations.json"
-    write_generations(path, d1_items(name, rows, answers, "<|endoftext|>"), 0.4, {})
+    write_generations(path, d1_items(task, rows, answers, "<|endoftext|>"), 0.4, {})
     report = grade_setups([path])[f"{name}_9_9"]
     assert [graded.right for graded in report.items] == found.correct == [True, False, False, False]
     assert (report.n, report.accuracy, report.interval) == (found.n, found.accuracy, found.interval)
@@ -272,7 +272,7 @@ def test_stored_texts_of_every_task_are_graded_as_they_were(name, tmp_path):
 
 
 def test_a_reference_is_stored_as_the_reward_reads_it():
-    assert as_d1_stores("gsm8k", {"question": "q", "answer": "$1,080"}, "")["ground_truth"] == 1080.0
+    assert TASKS["gsm8k"].to_stored({"question": "q", "answer": "$1,080"})["ground_truth"] == 1080.0
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "code"])

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 
-from dgrpo.tasks import EMBEDDED, TASKS, code, countdown, gsm8k, load_rows, math500, prompt_messages, sudoku
+from dgrpo.evaluation import stored
+from dgrpo.tasks import EMBEDDED, TASKS, Task, code, countdown, gsm8k, load_rows, math500, prompt_messages, sudoku
 from dgrpo.tiny import sudoku as grids
 from rewards.sudoku import is_solved
 
@@ -358,3 +359,19 @@ def test_d1_s_countdown_file_is_read_and_shares_no_problem_with_training():
     assert train[0]["numbers"] == [30, 100, 93]
     assert train[0]["target"] == 23
     assert train[0]["question"] == "Numbers: [30, 100, 93]\nTarget: 23"
+
+
+def test_a_task_of_one_s_own_trains_without_a_generator_and_is_graded_when_stored(write):
+    def right(prompts, completions, answer, **columns):
+        return [float(gold in text) for gold, text in zip(answer, completions, strict=True)]
+
+    task = Task(name="capitals", instruction="", to_row=lambda row: dict(row), grade=right)
+    path = write("capitals.jsonl", [{"question": f"{i}?", "answer": f"town {i}."} for i in range(10)])
+    train, held_out = load_rows(task, path)
+    assert (len(train), len(held_out)) == (8, 2)
+    for source in ({"dataset": "embedded"}, {"dataset": path, "eval_dataset": "embedded"}):
+        with pytest.raises(ValueError, match="dataset='embedded': capitals generates no problems"):
+            load_rows(task, **source)
+    items = [task.to_stored(row) | {"generations": f"It is {row['answer']}"[i:]} for i, row in enumerate(train)]
+    report = stored.grade(items, task)
+    assert (report.task, report.n, report.correct) == ("capitals", 8, 7), "the last text has lost its first letter"

@@ -119,7 +119,7 @@ def evaluate_checkpoint(
             template_settings=template_settings,
         )
         found = Evaluation.of(answers, state.num_processes)
-        items = d1_items(task.name, rows, answers, tokenizer.eos_token)
+        items = d1_items(task, rows, answers, tokenizer.eos_token)
         if state.is_main_process:
             about = {
                 "model_path": checkpoint.model,

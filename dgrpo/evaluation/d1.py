@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dgrpo.tasks.sudoku import stored_puzzle
+
 
 @dataclass(frozen=True)
 class Item:
@@ -22,16 +24,6 @@ class Item:
     right: float
     possible: float
     """0: there is nothing to get, as in a Sudoku without empty cells, and the text does not count."""
-
-
-def sudoku_puzzle(question: str) -> str:
-    """The puzzle in a stored question: its first 16 characters, or those after "Sudoku puzzle: "."""
-    if len(question) >= 16 and question[:16].isdigit():
-        return question[:16]
-    match = re.search(r"Sudoku puzzle: ([0-9.]{81}|[0-9]{16})", question)
-    if match is None:
-        raise ValueError(f"no Sudoku puzzle in the question {question!r}")
-    return match.group(1)
 
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -281,7 +273,7 @@ def d1_sudoku(item: dict[str, Any]) -> Item:
     White space is dropped; the rest, digits or not, is padded or cut to 16 characters. Clues are not looked at.
     """
     question, text, gold = item.get("question", ""), item.get("generations", ""), item.get("ground_truth", "")
-    empty = [i for i, clue in enumerate(sudoku_puzzle(question)) if clue == "0"]
+    empty = [i for i, clue in enumerate(stored_puzzle(question)) if clue == "0"]
     cells = ""
     for tag, pattern in GRIDS:
         place = after_tag(text, tag) if tag else text

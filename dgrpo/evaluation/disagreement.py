@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dgrpo.evaluation.d1 import Item
-from dgrpo.evaluation.stored import END_OF_TEXT, generation_sets, grade, infer_task, read_generations, sudoku_puzzle
+from dgrpo.evaluation.stored import END_OF_TEXT, generation_sets, grade, infer_task, read_generations
+from dgrpo.tasks.sudoku import stored_puzzle
 from rewards.text import MAX_ANSWER_CHARS, TAGS, answer_block, boxed_contents
 
 
@@ -49,7 +50,7 @@ def _cells(case: Case) -> str:
 
 
 def _keeps_clues(case: Case) -> bool:
-    puzzle = sudoku_puzzle(case.question).replace(".", "0")
+    puzzle = stored_puzzle(case.question).replace(".", "0")
     return all(clue in ("0", cell) for clue, cell in zip(puzzle, _cells(case), strict=True))
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from dgrpo.evaluation.answers import Answer
 from dgrpo.evaluation.stored import END_OF_TEXT
-from rewards.gsm8k import to_decimal
+from dgrpo.tasks import Task
 
 
 class FinishedRows:
@@ -84,29 +84,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def as_d1_stores(task: str, row: dict[str, Any], text: str) -> dict[str, Any]:
-    """A row and a text on it as an item of d1's files: `question`, `generations`, `ground_truth`."""
-    question, gold = row["question"], row.get("answer")
-    if task == "gsm8k":
-        # Read as the reward reads it, so that a stored text keeps its grade.
-        number = to_decimal(gold)
-        gold = None if number is None else float(number)
-    elif task == "countdown":
-        gold = [row["numbers"], row["target"]]
-    elif task == "sudoku":
-        question, gold = f"Solve the following Sudoku puzzle: {row['puzzle']}\n", row["solution"]
-    elif task == "code":
-        gold = row["tests"]
-    return {"question": question, "generations": text, "ground_truth": gold}
-
-
 def d1_items(
-    task: str, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], end_of_text: str
+    task: Task, rows: Sequence[dict[str, Any]], answers: Sequence[Answer], end_of_text: str
 ) -> list[dict[str, Any]]:
     """The answers as items of d1's files. d1 keeps the token that ends a text, and its parser looks for it."""
     end = end_of_text if END_OF_TEXT.fullmatch(end_of_text) else ""
     return [
-        as_d1_stores(task, row, answer.text + (end if answer.ended else ""))
+        task.to_stored(row) | {"generations": answer.text + (end if answer.ended else "")}
         for row, answer in zip(rows, answers, strict=True)
     ]
 

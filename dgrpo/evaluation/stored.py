@@ -15,28 +15,17 @@ puzzle are not independent, so there too the number of puzzles is what counts.
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dgrpo.evaluation.d1 import D1, Item, sudoku_puzzle
+from dgrpo.evaluation.d1 import D1, Item
 from dgrpo.evaluation.interval import wilson_interval
-from rewards import code, countdown, gsm8k, math500, sudoku
+from dgrpo.tasks import TASKS, Task
 from rewards.text import short_answer
 
-# What a file's name must contain, in the order in which d1 looks; the names of programs are ours.
-TASK_MARKS = {
-    "gsm": "gsm8k",
-    "math": "math500",
-    "countdown": "countdown",
-    "sudoku": "sudoku",
-    "humaneval": "code",
-    "mbpp": "code",
-    "kodcode": "code",
-    "code": "code",
-}
 END_OF_TEXT = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
 
 
@@ -56,46 +45,33 @@ class Report:
     items: list[Item]
 
 
-def strict_scores(task: str, items: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
-    """The task's own reward of each stored text."""
-    golds: list[Any] = [item.get("ground_truth") for item in items]
-    if task == "gsm8k":
-        return gsm8k.correctness_reward(items, texts, golds)
-    if task == "math500":
-        return math500.correctness_reward(items, texts, golds)
-    if task == "countdown":
-        golds = [gold or (None, None) for gold in golds]
-        numbers, targets = [gold[0] for gold in golds], [gold[1] for gold in golds]
-        return countdown.equation_reward(items, texts, numbers, targets)
-    if task == "code":
-        return code.tests_reward(items, texts, golds)
-    puzzles = [sudoku_puzzle(item["question"]) for item in items]
-    if task == "sudoku":
-        return sudoku.solved_reward(items, texts, puzzles)
-    return sudoku.cells_reward(items, texts, puzzles, golds)
-
-
-def grade_strictly(task: str, items: list[dict[str, Any]]) -> list[Item]:
-    """Stored texts graded by the task's reward: right at exactly 1. Only `sudoku_cells` asks for a share."""
+def grade_strictly(task: Task, items: list[dict[str, Any]], share: Callable | None = None) -> list[Item]:
+    """Stored texts graded by the task's reward: right at exactly 1; or by one of its rewards that pay a share."""
     texts = [END_OF_TEXT.split(item["generations"], maxsplit=1)[0] for item in items]
-    scores = strict_scores(task, items, texts)
-    points = [score or 0.0 if task == "sudoku_cells" else float(score == 1.0) for score in scores]
+    rows = [task.from_stored(item) for item in items]
+    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
+    scores = (share or task.grade)(prompts=items, completions=texts, **columns) if rows else []
+    points = [float(score == 1.0) if share is None else score or 0.0 for score in scores]
     return [
         Item(item.get("question", ""), short_answer(text), right, 1.0)
         for item, text, right in zip(items, texts, points, strict=True)
     ]
 
 
-STRICT = ("gsm8k", "math500", "countdown", "sudoku", "sudoku_cells", "code")
+def strict_grades(tasks: Iterable[Task]) -> dict[str, tuple[Task, Callable | None]]:
+    """By name, how stored texts can be graded strictly: by each task, and by each of its shares."""
+    whole: dict[str, tuple[Task, Callable | None]] = {task.name: (task, None) for task in tasks}
+    return whole | {name: (task, share) for task, _ in whole.values() for name, share in task.shares.items()}
 
 
 def infer_task(path: str | Path) -> str:
     """The task that a file of generations belongs to, by its name."""
     name = Path(path).name.lower()
-    for mark, task in TASK_MARKS.items():
+    marks = {mark: task.name for task in TASKS.values() for mark in task.file_marks or (task.name,)}
+    for mark, task_name in marks.items():
         if mark in name:
-            return task
-    raise ValueError(f"{name}: the name of the file tells no task ({', '.join(TASK_MARKS)}); say which task it is")
+            return task_name
+    raise ValueError(f"{name}: the name of the file tells no task ({', '.join(marks)}); say which task it is")
 
 
 def setup_name(path: str | Path) -> str:
@@ -138,19 +114,24 @@ def read_generations(path: str | Path) -> list[dict[str, Any]]:
     return items
 
 
-def grade(items: Iterable[dict[str, Any]], task: str, protocol: str = "strict") -> Report:
-    """Grade texts of one task by a protocol, `strict` or `d1` (see the module)."""
+def grade(items: Iterable[dict[str, Any]], task: str | Task, protocol: str = "strict") -> Report:
+    """Grade texts of one task, named or a `Task` of your own, by a protocol, `strict` or `d1` (see the module)."""
     if protocol not in ("strict", "d1"):
         raise ValueError(f"protocol {protocol!r} is neither 'strict' nor 'd1'")
-    tasks = STRICT if protocol == "strict" else tuple(D1)
-    if task not in tasks:
-        raise ValueError(f"task {task!r} has no protocol {protocol!r}, which grades {', '.join(tasks)}")
+    known = strict_grades([*TASKS.values(), *([] if isinstance(task, str) else [task])])
+    name = task if isinstance(task, str) else task.name
+    tasks = tuple(known) if protocol == "strict" else tuple(D1)
+    if name not in tasks:
+        raise ValueError(f"task {name!r} has no protocol {protocol!r}, which grades {', '.join(tasks)}")
     rows = list(items)
-    graded = grade_strictly(task, rows) if protocol == "strict" else [D1[task](row) for row in rows]
+    if protocol == "strict":
+        graded = grade_strictly(known[name][0], rows, known[name][1])
+    else:
+        graded = [D1[name](row) for row in rows]
     n = sum(item.possible > 0 for item in graded)
     right, possible = sum(item.right for item in graded), sum(item.possible for item in graded)
     accuracy = right / possible if possible else math.nan
-    return Report(task, protocol, n, len(graded) - n, right, accuracy, wilson_interval(accuracy, n), graded)
+    return Report(name, protocol, n, len(graded) - n, right, accuracy, wilson_interval(accuracy, n), graded)
 
 
 def grade_files(paths: Iterable[str | Path], task: str | None = None, protocol: str = "strict") -> Report:

@@ -94,5 +94,8 @@ TASK = Task(
     to_row=to_row,
     grade=tests_reward,
     embedded=embedded,
+    to_stored=lambda row: {"question": row["question"], "ground_truth": row["tests"]},
+    from_stored=lambda item: {"tests": item.get("ground_truth")},
+    file_marks=("humaneval", "mbpp", "kodcode", "code"),
     held_out_split=None,
 )

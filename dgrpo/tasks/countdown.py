@@ -6,7 +6,7 @@ Rows of `nums` and `target` (the hub's), `input` and `output` (d1's test file, a
 
 from typing import Any
 
-from dgrpo.tasks.task import Task, field_of
+from dgrpo.tasks.task import Task, answer_completion, field_of
 from dgrpo.tiny import countdown
 from rewards.countdown import equation_reward
 
@@ -22,7 +22,7 @@ expression, without the target or an equals sign, between <answer> and </answer>
 
 
 def to_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The question in words, the numbers and the target as integers."""
+    """The question in words, the numbers and the target as integers, and an `expression` that reaches it if given."""
     given, goal = field_of(row, "nums", "numbers", "input"), field_of(row, "target", "output")
     parts = given.strip("[] ").split(",") if isinstance(given, str) else given
     try:
@@ -31,17 +31,21 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"dataset: numbers {given!r} with target {goal!r} are no Countdown problem; give integers."
         ) from error
-    return {
-        "question": countdown.question({"numbers": numbers, "target": target}),
-        "numbers": numbers,
-        "target": target,
-    }
+    problem = {"question": countdown.question({"numbers": numbers, "target": target})}
+    reference = {"expression": row["expression"]} if row.get("expression") else {}
+    return {**problem, "numbers": numbers, "target": target, **reference}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
     """Generated problems of three numbers up to 20."""
     draw = countdown.train_problems if split == "train" else countdown.held_out_problems
     return draw(num_problems, seed)
+
+
+def from_stored(item: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and the target of a stored item; None for both where it has no reference."""
+    numbers, target = item.get("ground_truth") or (None, None)
+    return {"numbers": numbers, "target": target}
 
 
 TASK = Task(
@@ -52,6 +56,9 @@ TASK = Task(
     to_row=to_row,
     grade=equation_reward,
     embedded=embedded,
+    reference_completion=lambda row: answer_completion(row["expression"]) if row.get("expression") else None,
+    to_stored=lambda row: {"question": row["question"], "ground_truth": [row["numbers"], row["target"]]},
+    from_stored=from_stored,
     held_out_split=None,
     # d1 trains and tests on three numbers; the hub's dataset has problems of four as well.
     keep=lambda row: len(row["numbers"]) == 3,

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dgrpo.tasks.task import Task
+from dgrpo.tasks.task import Task, answer_completion
 from dgrpo.tiny import problems
-from rewards.gsm8k import correctness_reward
+from rewards.gsm8k import correctness_reward, to_decimal
 
 INSTRUCTION = """Solve the problem step by step. Write your working between <reasoning> and </reasoning>, then only \
 the final number between <answer> and </answer>:
@@ -27,6 +27,12 @@ def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
     return draw(num_problems, seed)
 
 
+def to_stored(row: dict[str, Any]) -> dict[str, Any]:
+    """The question, and the reference as the number that the reward reads, so that a stored text keeps its grade."""
+    number = to_decimal(row.get("answer"))
+    return {"question": row["question"], "ground_truth": None if number is None else float(number)}
+
+
 TASK = Task(
     name="gsm8k",
     hub_name="openai/gsm8k",
@@ -35,4 +41,7 @@ TASK = Task(
     to_row=to_row,
     grade=correctness_reward,
     embedded=embedded,
+    reference_completion=lambda row: answer_completion(row["answer"]),
+    to_stored=to_stored,
+    file_marks=("gsm",),
 )

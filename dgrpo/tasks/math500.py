@@ -5,7 +5,7 @@ The hub's dataset holds the 500 problems of MATH500 as its test split and 12,000
 
 from typing import Any
 
-from dgrpo.tasks.task import Task, field_of
+from dgrpo.tasks.task import Task, answer_completion, field_of
 from dgrpo.tiny import problems
 from rewards.math500 import correctness_reward
 from rewards.text import boxed_contents
@@ -49,4 +49,6 @@ TASK = Task(
     to_row=to_row,
     grade=correctness_reward,
     embedded=embedded,
+    reference_completion=lambda row: answer_completion(rf"\boxed{{{row['answer']}}}"),
+    file_marks=("math",),
 )

@@ -5,12 +5,13 @@ once for all: 48 grids are held out in every file and for the generated puzzles,
 test file (arXiv:2504.12216) holds 229 of the 288 grids; what trains beside it as `eval_dataset` has the other 59.
 """
 
+import re
 from typing import Any
 
 from dgrpo.noise import fixed_order
-from dgrpo.tasks.task import Task, field_of
+from dgrpo.tasks.task import Task, answer_completion, field_of
 from dgrpo.tiny import sudoku
-from rewards.sudoku import is_solved, read_grid, read_puzzle, solved_reward
+from rewards.sudoku import cells_reward, is_solved, read_grid, read_puzzle, solved_reward
 
 INSTRUCTION = """Solve the Sudoku. It is written row by row, 0 for an empty cell: 16 digits from 1 to 4 with boxes of \
 2x2, or 81 digits from 1 to 9 with boxes of 3x3. Every row, column and box of the solution holds each digit once; the \
@@ -50,6 +51,21 @@ def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
     return draw(num_problems, seed)
 
 
+def stored_puzzle(question: str) -> str:
+    """The puzzle in a stored question: its first 16 characters, or those after "Sudoku puzzle: "."""
+    if len(question) >= 16 and question[:16].isdigit():
+        return question[:16]
+    match = re.search(r"Sudoku puzzle: ([0-9.]{81}|[0-9]{16})", question)
+    if match is None:
+        raise ValueError(f"no Sudoku puzzle in the question {question!r}")
+    return match.group(1)
+
+
+def to_stored(row: dict[str, Any]) -> dict[str, Any]:
+    """The puzzle in d1's words, and its solution."""
+    return {"question": f"Solve the following Sudoku puzzle: {row['puzzle']}\n", "ground_truth": row["solution"]}
+
+
 TASK = Task(
     name="sudoku",
     hub_name=None,
@@ -58,6 +74,10 @@ TASK = Task(
     to_row=to_row,
     grade=solved_reward,
     embedded=embedded,
+    reference_completion=lambda row: answer_completion(row["solution"]),
+    to_stored=to_stored,
+    from_stored=lambda item: {"puzzle": stored_puzzle(item["question"]), "solution": item.get("ground_truth")},
+    shares={"sudoku_cells": cells_reward},
     held_out_split=None,
     is_held_out=is_held_out,
     split_key=lambda row: row["solution"],

@@ -1,7 +1,7 @@
 """A task: where its rows come from, how the question is put, and what counts as right."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,24 @@ _SUFFIXES = (*_READERS, ".csv")
 _NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a recipe needs to know about its task.
+    """What training and evaluation need to know about a task; all that is peculiar to it stands here.
 
-    `to_row` turns a row of the source into {"question", <columns that the rewards read>}; `grade` is a reward whose
-    1.0 means right, so training reward and accuracy cannot drift apart; `embedded(split, num_problems, seed)` draws
-    rows of the source's own form.
+    `to_row` turns a row of the source into {"question", <columns that the rewards read>}. `grade` is a reward whose
+    1.0 means right, so that training reward and accuracy cannot drift apart. A task of your own needs no more than
+    these two, `name` and `instruction`.
     """
 
     name: str
-    # None: nothing on the hub; a local file must be named.
-    hub_name: str | None
-    hub_config: str | None
     instruction: str
     to_row: Callable[[dict[str, Any]], dict[str, Any]]
     grade: Callable[..., list[float | None]]
-    embedded: Callable[[str, int, int], list[dict[str, Any]]]
+    # None: nothing on the hub; a local file must be named.
+    hub_name: str | None = None
+    hub_config: str | None = None
+    # Draws rows of the source's own form, from (split, num_problems, seed); None: there is no embedded default.
+    embedded: Callable[[str, int, int], list[dict[str, Any]]] | None = None
     # The split of the hub's dataset that is kept for evaluation; None: it has none and is divided.
     held_out_split: str | None = "test"
     # What of a row (as `to_row` gives it) must never be both in training and held out.
@@ -48,6 +49,18 @@ class Task:
     is_held_out: Callable[[dict[str, Any]], bool] | None = None
     # Which rows of the hub's dataset are used; None: all. Local files are taken as they are.
     keep: Callable[[dict[str, Any]], bool] | None = None
+    # The completion that a row's reference amounts to, for `dgrpo.tasks.validate`; None: the row carries none.
+    reference_completion: Callable[[dict[str, Any]], str | None] = lambda row: None
+    # A row as an item of d1's files ({"question", "ground_truth"}), and the columns that `grade` reads of an item.
+    to_stored: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {
+        "question": row["question"],
+        "ground_truth": row.get("answer"),
+    }
+    from_stored: Callable[[dict[str, Any]], dict[str, Any]] = lambda item: {"answer": item.get("ground_truth")}
+    # Words by which the name of a file of generations tells that it is of this task; None: the task's name.
+    file_marks: tuple[str, ...] | None = None
+    # Rewards that pay a share of a text, by the name under which stored texts are graded so.
+    shares: dict[str, Callable[..., list[float | None]]] = field(default_factory=dict)
 
 
 def field_of(row: dict[str, Any], *names: str) -> Any:
@@ -56,6 +69,11 @@ def field_of(row: dict[str, Any], *names: str) -> Any:
         if row.get(name) is not None:
             return row[name]
     raise KeyError(" or ".join(names))
+
+
+def answer_completion(answer: str) -> str:
+    """A completion that holds nothing but an answer, in the format that every reward reads."""
+    return f"<answer>\n{answer}\n</answer>"
 
 
 def prompt_messages(question: str, instruction: str) -> Messages:
@@ -103,11 +121,15 @@ def load_rows(
             f"dataset=None: {task.name} has no dataset on the hub. Name a local .csv, .jsonl, .json or .parquet file, "
             f"or {EMBEDDED!r}."
         )
-    if source == EMBEDDED:
+    if EMBEDDED in (source, eval_dataset) and task.embedded is None:
+        raise ValueError(
+            f"dataset={EMBEDDED!r}: {task.name} generates no problems; name a local file or a hub dataset."
+        )
+    if source == EMBEDDED and task.embedded is not None:
         train = _converted(task, task.embedded("train", num_train or 4096, seed))
     else:
         train = _rows_of(task, source, "train")
-    if eval_dataset == EMBEDDED or (eval_dataset is None and source == EMBEDDED):
+    if task.embedded is not None and (eval_dataset or source) == EMBEDDED:
         held_out = _converted(task, task.embedded("held_out", num_held_out, 0))
     elif eval_dataset is not None:
         held_out = _rows_of(task, eval_dataset, task.held_out_split or "train")
