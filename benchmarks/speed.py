@@ -21,7 +21,7 @@ import torch
 from speed_bench import Bench
 
 from dgrpo import generate
-from dgrpo.models import predictor
+from dgrpo.models import head
 
 SMALL_CHUNK = 8 * 2**20
 
@@ -114,11 +114,11 @@ def time_cases(bench: Bench, repeats: int, cycle_repeats: int) -> list[tuple[str
 
 def chunked(run: Callable):
     """`run` with the head in small chunks."""
-    shipped, predictor.MAX_LOGITS_BYTES = predictor.MAX_LOGITS_BYTES, SMALL_CHUNK
+    shipped, head.MAX_LOGITS_BYTES = head.MAX_LOGITS_BYTES, SMALL_CHUNK
     try:
         return run()
     finally:
-        predictor.MAX_LOGITS_BYTES = shipped
+        head.MAX_LOGITS_BYTES = shipped
 
 
 def check(bench: Bench) -> list[str]:

@@ -8,7 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _STRETCH = 256
+# A few rows at a time, small enough for a CPU's cache; a GPU takes larger strips (`chunk_bytes`).
 _STRIP_BYTES = 4 * 2**20
+# On a GPU the number of launches counts: 1/256 of its memory is 320 MiB of 80 GiB, 640 rows of LLaDA's vocabulary.
+_SHARE_OF_GPU = 256
+
+
+def chunk_bytes(device: torch.device, on_cpu: int) -> int:
+    """The size of a chunk of rows: `on_cpu`, or a share of a GPU's memory.
+
+    A share of all of it, not of what happens to be free: chunks of another size would round differently, and the old
+    and the new policy's log-probabilities must not.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    return max(on_cpu, torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_GPU)
 
 
 def _in_stretches(values: Tensor, fill: float) -> Tensor:
@@ -77,4 +91,4 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 def _rows_at_a_time(values: Tensor) -> int:
     """How many rows of [n, V] are worked on where all of them would take too much memory."""
-    return max(1, _STRIP_BYTES // (4 * values.shape[1]))
+    return max(1, chunk_bytes(values.device, _STRIP_BYTES) // (4 * values.shape[1]))

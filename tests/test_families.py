@@ -12,7 +12,6 @@ from reference import denoise_greedily
 from dgrpo.logprobs import log_likelihood, per_token_logps
 from dgrpo.models import ScoringHead, load_model
 from dgrpo.models.adapters import adapters_folded_in
-from dgrpo.models.bidirectional import visible_keys
 from dgrpo.models.dream import DreamConfig
 from dgrpo.models.families import FAMILIES
 from dgrpo.models.llada_moe import LLaDAMoEConfig
@@ -294,18 +293,6 @@ def test_every_expert_is_called_and_only_the_chosen_ones_answer(folders):
     together = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(5))
     alone = torch.stack([torch.cat([block(token[None, None]) for token in row], 1)[0] for row in together])
     torch.testing.assert_close(block(together), alone, rtol=0, atol=1e-6)
-
-
-def test_masks_take_the_form_that_each_attention_function_expects():
-    mask = torch.tensor([[False, True, True]])
-    assert visible_keys(None, 2, "eager", torch.float32) is None
-    assert visible_keys(mask, 2, "flash_attention_2", torch.float32) is mask
-    sdpa = visible_keys(mask, 2, "sdpa", torch.float32)
-    assert sdpa.tolist() == [[[[False, True, True]] * 2]]
-    added = visible_keys(mask, 2, "eager", torch.bfloat16)
-    assert added.dtype == torch.bfloat16
-    assert (added == 0).equal(sdpa)
-    assert added.min() == torch.finfo(torch.bfloat16).min
 
 
 def test_no_head_matches_a_lora_target_and_no_two_families_share_a_checkpoint():

@@ -13,7 +13,7 @@ from reference import llada_logits, naive_scores
 
 from dgrpo.estimators import one_step
 from dgrpo.logprobs import mean_entropy, per_token_logps, score_views
-from dgrpo.models import ScoringHead, predictor
+from dgrpo.models import ScoringHead, head
 from dgrpo.models.families import FAMILIES
 from dgrpo.views import MaskedViews
 
@@ -73,7 +73,7 @@ def test_scores_equal_the_naive_loop(model, rollout, monkeypatch, frozen, chunke
     if frozen:
         freeze_head(model)
     if chunked:
-        monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
+        monkeypatch.setattr(head, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
     views = random_views(rollout, 3)
     logps, entropies, _ = score_views(
         model, *inputs(rollout), views, views_per_pass=views_per_pass, temperature=temperature
@@ -227,7 +227,7 @@ def test_gradients_equal_plain_autograd(model, rollout, monkeypatch, frozen, chu
     if frozen:
         freeze_head(model)
     if chunked:
-        monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
+        monkeypatch.setattr(head, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
     views = shared_views(rollout, 2) if kind == "shared" else random_views(rollout, 2)
     generator = torch.Generator().manual_seed(4)
     coefficients = torch.randn(6, 1, COMPLETION, generator=generator)
@@ -377,16 +377,16 @@ def test_number_of_passes_depends_on_the_number_of_views_alone(model, rollout, v
 
 
 def test_head_is_asked_at_scored_positions_alone_and_in_chunks(model, rollout, monkeypatch):
-    monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 4 * ROW_BYTES)
+    monkeypatch.setattr(head, "MAX_LOGITS_BYTES", 4 * ROW_BYTES)
     asked, sizes = [], []
     model.get_output_embeddings().register_forward_pre_hook(lambda module, args: asked.append(len(args[0])))
-    float_logits = predictor.float_logits
+    float_logits = head.float_logits
 
     def measured(hidden, weight):
         sizes.append(len(hidden))
         return float_logits(hidden, weight)
 
-    monkeypatch.setattr(predictor, "float_logits", measured)
+    monkeypatch.setattr(head, "float_logits", measured)
     views = random_views(rollout, 1)
     with torch.no_grad():
         per_token_logps(model, *inputs(rollout), views)
@@ -428,7 +428,7 @@ def test_exact_kl_and_its_gradient_equal_plain_autograd(tiny_llada, rollout, mon
     model, views = with_lora(tiny_llada()), random_views(rollout, 2)
     coefficients = torch.randn(6, 2, COMPLETION, generator=torch.Generator().manual_seed(4))
     if chunked:
-        monkeypatch.setattr(predictor, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
+        monkeypatch.setattr(head, "MAX_LOGITS_BYTES", 3 * ROW_BYTES)
     scores = score_views(
         model,
         *inputs(rollout),

@@ -6,22 +6,9 @@ padding) and the head (a ScoringHead) differ.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
-
-
-def visible_keys(attention_mask: Tensor | None, num_queries: int, attention: str, dtype: torch.dtype) -> Tensor | None:
-    """`attention_mask` [B, K], True where a key may be seen by every query, as transformers' attention functions
-    want it: as it is for flash attention, [B, 1, L, K] bool for sdpa, the same with -max for hidden keys for eager.
-    """
-    if attention_mask is None or "flash" in attention:
-        return attention_mask
-    visible = attention_mask.bool()[:, None, None, :].expand(-1, 1, num_queries, -1)
-    if attention != "eager":
-        return visible
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+from dgrpo.models.predictor import MaskPredictor
 
 
 def refuse_sliding_windows(config) -> None:
@@ -54,21 +41,17 @@ class BidirectionalReading(MaskPredictor):
     def can_generate(cls) -> bool:
         return False
 
-    def hidden_states(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    def network(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
     ) -> Tensor:
-        network = self.model
-        x = network.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(x.shape[1], device=x.device)[None]
-        rotation = network.rotary_emb(x, position_ids)
-        visible = visible_keys(attention_mask, x.shape[1], self.config._attn_implementation, x.dtype)
-        for layer in network.layers:
+        x = self.model.embed_tokens(input_ids)
+        rotation = self.model.rotary_emb(x, position_ids)
+        for layer in self.model.layers:
             x = layer(
                 x,
-                attention_mask=visible,
+                attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=rotation,
             )
-        return network.norm(x[:, columns])
+        return self.model.norm(x[:, columns])

@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
+from dgrpo.models.attention import of_queries
+from dgrpo.models.head import ScoringHead
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
 
 # Keys of config.json that change the network, and the values of LLaDA-8B, which are those of the network here.
 _PUBLISHED = {
@@ -147,9 +149,27 @@ def eager_attention(
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (nn.functional.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
+
+
+def through_layers(
+    layers: nn.ModuleList,
+    x: Tensor,
+    mask: Tensor | None,
+    rotation: tuple[Tensor, Tensor],
+    past_key_values,
+    columns: slice,
+) -> Tensor:
+    """x [B, L, d] through all layers; the last one computes the columns `columns` alone."""
+    *before, last = layers
+    for layer in before:
+        x = layer(x, mask, *rotation, past_key_values=past_key_values)
+    if mask is not None and mask.dim() == 2:
+        # Flash attention with padding takes queries and keys of one length only.
+        return last(x, mask, *rotation, past_key_values=past_key_values)[:, columns]
+    return last(x, mask, *rotation, past_key_values=past_key_values, queries=columns)
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -193,10 +213,9 @@ class LLaDABlock(GradientCheckpointingLayer):
         query, key = rotate(query, cos[:, :, queries], sin[:, :, queries]), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = attention_mask[:, :, queries]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        mask = of_queries(attention_mask, queries)
+        attended, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
         x = x[:, queries] + self.attn_out(attended.flatten(2))
         h = self.ff_norm(x)
         return x + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
@@ -241,32 +260,12 @@ class LLaDAModel(LLaDAPreTrainedModel):
         self.config.embedding_size = embedding.num_embeddings
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        columns: slice = EVERYWHERE,
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
     ) -> Tensor:
-        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes.
-
-        Takes [B, K] masks of the K attended keys, True = visible.
-        """
+        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes."""
         x = self.transformer["wte"](input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        padded_flash = attention_mask is not None and "flash" in (self.config._attn_implementation or "")
-        if attention_mask is not None and not padded_flash:
-            # Every query must see the same keys: pads attend too (their output is never read).
-            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-        *blocks, last = self.transformer["blocks"]
-        for block in blocks:
-            x = block(x, attention_mask, cos, sin, past_key_values=past_key_values)
-        # Flash attention with padding takes queries and keys of one length only.
-        queries = EVERYWHERE if padded_flash else columns
-        x = last(x, attention_mask, cos, sin, past_key_values=past_key_values, queries=queries)
-        x = x[:, columns] if padded_flash else x
+        rotation = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        x = through_layers(self.transformer["blocks"], x, mask, rotation, past_key_values, columns)
         return self.transformer["ln_f"](x)
 
 
@@ -292,7 +291,7 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
     def get_output_embeddings(self) -> ScoringHead:
         return self.tied_head if self.config.weight_tying else self.model.transformer["ff_out"]
 
-    def hidden_states(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    def network(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
     ) -> Tensor:
-        return self.model(input_ids, attention_mask, position_ids, past_key_values, columns)
+        return self.model(input_ids, mask, position_ids, past_key_values, columns)

@@ -10,8 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dgrpo.models.llada import RMSNorm, eager_attention, refuse_unpublished, rotary_table, rotate
-from dgrpo.models.predictor import EVERYWHERE, MaskPredictor, ScoringHead
+from dgrpo.models.attention import of_queries
+from dgrpo.models.head import ScoringHead
+from dgrpo.models.llada import RMSNorm, eager_attention, refuse_unpublished, rotary_table, rotate, through_layers
+from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
 
 # Keys of config.json that change the network, and the published values, which are those of the network here.
 _PUBLISHED = {
@@ -159,10 +161,9 @@ class Attention(nn.Module):
         query, key = rotate(query, cos[:, :, queries], sin[:, :, queries]), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        if attention_mask is not None and attention_mask.dim() == 4:
-            attention_mask = attention_mask[:, :, queries]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attended, _ = attend(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+        mask = of_queries(attention_mask, queries)
+        attended, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
         return self.o_proj(attended.flatten(2))
 
 
@@ -216,32 +217,12 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values=None,
-        columns: slice = EVERYWHERE,
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
     ) -> Tensor:
-        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes.
-
-        Takes [B, K] masks of the K attended keys, True = visible.
-        """
-        x = self.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes."""
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_table(position_ids, head_dim, self.config.rope_theta)
-        padded_flash = attention_mask is not None and "flash" in (self.config._attn_implementation or "")
-        if attention_mask is not None and not padded_flash:
-            attention_mask = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-        *layers, last = self.layers
-        for layer in layers:
-            x = layer(x, attention_mask, cos, sin, past_key_values=past_key_values)
-        # Flash attention with padding takes queries and keys of one length only.
-        queries = EVERYWHERE if padded_flash else columns
-        x = last(x, attention_mask, cos, sin, past_key_values=past_key_values, queries=queries)
-        x = x[:, columns] if padded_flash else x
+        rotation = rotary_table(position_ids, head_dim, self.config.rope_theta)
+        x = through_layers(self.layers, self.embed_tokens(input_ids), mask, rotation, past_key_values, columns)
         return self.norm(x)
 
 
@@ -254,7 +235,7 @@ class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
         self.lm_head = ScoringHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def hidden_states(
-        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, columns=EVERYWHERE
+    def network(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
     ) -> Tensor:
-        return self.model(input_ids, attention_mask, position_ids, past_key_values, columns)
+        return self.model(input_ids, mask, position_ids, past_key_values, columns)

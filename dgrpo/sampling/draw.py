@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dgrpo.sampling.config import SamplerConfig
-from dgrpo.vocabulary import first_argmax, inverse_cdf, row_products
+from dgrpo.vocabulary import chunk_bytes, first_argmax, inverse_cdf, row_products
 
-# Logits are drawn from in chunks of rows; a handful of temporaries of this size lives at once.
+# Logits are drawn from in chunks of rows; a handful of temporaries of this size (on a GPU: more) lives at once.
 MAX_DRAW_BYTES = 16 * 2**20
 # A logit far below any other, yet finite: its product with a probability of 0 is 0.
 NEVER = -1e30
@@ -31,7 +31,7 @@ def draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_token
     Never [MASK], nor an embedding row beyond the `num_words` of the vocabulary. [MASK] keeps its share of the
     distribution by which confidences and entropies are measured, as in the published code.
     """
-    rows = max(1, MAX_DRAW_BYTES // (4 * logits.shape[1]))
+    rows = max(1, chunk_bytes(logits.device, MAX_DRAW_BYTES) // (4 * logits.shape[1]))
     noises = [None] * len(logits) if noise is None else noise.split(rows)
     parts = [
         _draw(part, noises[index], config, mask_token_id, num_words) for index, part in enumerate(logits.split(rows))
