@@ -74,3 +74,10 @@ def loss_of(logps: Tensor, old: Tensor, reference: Tensor, advantages: Tensor, m
     gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.5, 1.5) * advantages[:, None])
     gap = reference - logps
     return (((gap.exp() - gap - 1) * 0.04 - gain) * mask).sum() / mask.sum()
+
+
+def clipped_loss(logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, epsilon: float) -> Tensor:
+    """The clipped part of d1's loss, summed over completion tokens; there is no reference model."""
+    ratio = (logps - old).exp()
+    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - epsilon, 1 + epsilon) * advantages[:, None])
+    return -(gain * mask).sum()
