@@ -11,7 +11,7 @@ from reference import denoise_greedily
 
 from dgrpo.logprobs import log_likelihood, per_token_logps
 from dgrpo.models import ScoringHead, load_model
-from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.models.adapters import merged_adapters
 from dgrpo.models.dream import DreamConfig
 from dgrpo.models.families import FAMILIES
 from dgrpo.models.llada_moe import LLaDAMoEConfig
@@ -150,7 +150,7 @@ def test_folding_in_puts_back_the_biases_that_lora_trains(folders, texts):
             bias.data += 0.3
     before = {name: weight.clone() for name, weight in adapted.state_dict().items()}
     expected = adapted(*texts).logits
-    with adapters_folded_in(adapted):
+    with merged_adapters(adapted):
         assert not torch.equal(adapted.state_dict()[BIAS], before[BIAS])
         assert_close(adapted(*texts).logits, expected)
     assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
@@ -163,7 +163,7 @@ def test_an_adapter_that_is_merged_already_is_not_folded_in_twice(folders, texts
     expected = adapted(*texts).logits
     with (
         pytest.raises(ValueError, match=r"merge_adapter_for_rollouts=True.*unmerge_adapter"),
-        adapters_folded_in(adapted),
+        merged_adapters(adapted),
     ):
         pass
     assert torch.equal(adapted(*texts).logits, expected)

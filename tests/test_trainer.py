@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 
 from dgrpo import DiffuGRPOTrainer
 from dgrpo.evaluation.answers import Evaluation
-from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.models.adapters import merged_adapters
 from dgrpo.run import callbacks
 from dgrpo.tasks import TASKS
 from dgrpo.trainers.data import without_long_prompts
@@ -253,7 +253,7 @@ def test_merged_rollouts_are_the_same_and_leave_the_base_weights_as_they_were(tr
 def test_merged_weights_are_put_back_when_a_rollout_fails(model):
     adapted = get_peft_model(model, lora())
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
-    with pytest.raises(KeyError), adapters_folded_in(adapted):
+    with pytest.raises(KeyError), merged_adapters(adapted):
         raise KeyError
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 

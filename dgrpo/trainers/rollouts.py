@@ -8,7 +8,7 @@ import torch
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
-from dgrpo.models.adapters import adapters_folded_in
+from dgrpo.models.adapters import merged_adapters
 from dgrpo.noise import row_keys
 from dgrpo.sampling import agreement, generate
 from dgrpo.views import draw_views
@@ -63,7 +63,7 @@ class DenoisesRollouts:
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as unwrapped,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            adapters_folded_in(unwrapped) if self.args.merge_adapter_for_rollouts else nullcontext(),
+            merged_adapters(unwrapped) if self.args.merge_adapter_for_rollouts else nullcontext(),
         ):
             how = {
                 "row_keys": row_keys(rows, "rollout", self._mode, self.args.seed, self._round),
