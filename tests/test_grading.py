@@ -2,10 +2,10 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
+from effort import effort
 
 from dgrpo.evaluation.answers import Answer, Evaluation
 from dgrpo.evaluation.d1 import D1, d1_countdown, d1_gsm8k, d1_math500, d1_sudoku, last_box, normal_form
@@ -389,7 +389,8 @@ def test_no_text_makes_d1s_rules_raise_or_stall():
     texts += ["\\frac" * 9_000, "\\sqrt" * 9_000, "(" * 50_000, "\ud800\x00", "```" * 16_000, "1=" * 25_000]
     for task, rule in D1.items():
         for text in texts:
-            started = time.process_time()
-            for wrapped in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):
-                assert rule(item(wrapped, golds[task], SUDOKU)).right == 0
-            assert time.process_time() - started < 3.0, (task, text[:20])
+            answers = [text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"]
+            grades = []
+            spent = effort(lambda: grades.extend(rule(item(each, golds[task], SUDOKU)) for each in answers))  # noqa: B023
+            assert spent < 100, (task, text[:20])
+            assert [grade.right for grade in grades] == [0, 0, 0]

@@ -28,7 +28,8 @@ SETTINGS = {
     "resume": "true",
 }
 
-# Where a run is killed. Calls are counted from each start; the seeded numbers make them moments of no special kind.
+# Where a run is killed. Calls are counted from each start, so that every machine kills at the same moments; the seeded
+# numbers make them moments of no special kind. A run makes about 2,700,000 calls of Python functions.
 PLACES = {
     "in a rollout": {"call": "dgrpo.models.llada:LLaDAModelLM.forward", "when": "before", "nth": (60, 90)},
     "in an inner update": {"call": "accelerate:Accelerator.backward", "when": "after", "nth": (2, 5)},
@@ -47,6 +48,7 @@ PLACES = {
     "writing metrics.csv": {"call": "pathlib:Path.replace", "when": "before", "nth": (1, 3)},
     "writing completions": {"call": "pandas:DataFrame.to_parquet", "when": "half", "nth": (1, 2)},
 }
+ANYWHERE = {"call": "*", "nth": (100_000, 2_000_000)}
 
 
 def arguments(folder: Path, **settings) -> list[str]:
@@ -127,19 +129,20 @@ def test_runs_killed_at_twenty_moments_end_bit_equal(warm, tmp_path):
     rng = random.Random(0)
     straight = warm.run(tmp_path / "straight.log", arguments(tmp_path / "straight"))
     assert straight.codes == [0], straight.output[-3000:]
-    moments = [{"faults": [place | {"nth": rng.randint(*place["nth"])}]} for place in PLACES.values()]
-    moments += [{"kill_after": rng.uniform(0.5, 4.0)} for _ in range(8)]
+    moments = [place | {"nth": rng.randint(*place["nth"])} for place in [*PLACES.values(), *[ANYWHERE] * 8]]
     rng.shuffle(moments)
     # One run is killed and resumed until it comes to its end, then the next one.
-    killed, runs = 0, [tmp_path / "cut_0"]
+    started, runs = 0, [tmp_path / "cut_0"]
     while moments or not (runs[-1] / "summary.json").exists():
-        moment = moments.pop() if moments else {}
-        done = warm.run(tmp_path / f"{killed}.log", arguments(runs[-1]), **moment)
+        started += 1
+        done = warm.run(tmp_path / f"{started}.log", arguments(runs[-1]), faults=moments[-1:])
         assert done.codes in ([-9], [0]), done.output[-3000:]
-        killed += done.codes == [-9]
-        if done.codes == [0] and moments:
+        if done.codes == [-9]:
+            moments.pop()
+        elif moments:
+            # What was left of this run did not reach the moment: a whole one does.
             runs.append(tmp_path / f"cut_{len(runs)}")
-    assert killed >= 15
+    assert started == 20 + len(runs)
     for run in runs:
         assert differences(tmp_path / "straight", run, STEPS) == []
         assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-12"]

@@ -20,8 +20,6 @@ PROJECT = Path(__file__).parents[1]
 GENERATIONS = sorted(
     (Path(__file__).parents[2] / "shared/data/d1/llada_8b_instruct_generations").glob("math500*_generations.json")
 )
-# CPU time is what is limited; this leaves room for a busy machine.
-WALL_SECONDS = 20.0
 
 
 def score(answer, gold, box="\\boxed{%s}"):
@@ -134,13 +132,14 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("answer", HOSTILE)
-def test_hostile_answers_are_wrong_within_the_limit(answer):
+def test_hostile_answers_are_wrong_within_the_limit(monkeypatch, answer):
+    monkeypatch.setattr(math500, "REPLY_SECONDS", 600.0)
     score("0.5", "\\frac12")  # the worker is there
-    started = time.monotonic()
+    worker = math500.math_verify.process
     # The reference holds an operation, so that the answer does reach math-verify.
     assert score(answer, "9^9") == 0.0
-    assert time.monotonic() - started < WALL_SECONDS
     assert score("0.5", "\\frac12") == 1.0
+    assert math500.math_verify.process is worker, "it answers by its own clock of CPU time, nobody has to end it"
 
 
 def test_from_threads():
@@ -218,7 +217,7 @@ def test_the_worker_ends_with_its_process():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     state = Path(f"/proc/{int(done.stdout)}/stat")
-    for _ in range(600):
+    for _ in range(3000):
         # Ended, even where nobody has asked for its exit code yet.
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX":
             return

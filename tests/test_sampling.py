@@ -268,8 +268,10 @@ def test_what_a_draw_says_of_the_distribution(monkeypatch, remasking, temperatur
     }
     torch.testing.assert_close(drawn.order[1:].double(), order[remasking][1:], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("dgrpo.sampling.draw.MAX_DRAW_BYTES", 7 * 4 * 300)
-    for in_chunks, whole in zip(draw(logits.clone(), noise, config, 299, 300), drawn, strict=True):
-        assert torch.equal(in_chunks, whole)
+    in_chunks = draw(logits.clone(), noise, config, 299, 300)
+    assert torch.equal(in_chunks.tokens, drawn.tokens)
+    # A processor may add the rows of a chunk in another order.
+    torch.testing.assert_close(in_chunks[1:], drawn[1:], rtol=1e-5, atol=1e-6)
 
 
 def test_two_steps_follow_the_process_enumerated(model, prompts):
@@ -681,7 +683,7 @@ def test_ranks_agree_on_the_number_of_passes(tiny_llada, prompts, settings):
     alone = [generate(model, ids[part], mask[part], config) for model, part in zip(models, rows, strict=True)]
     assert alone[0].num_forwards < alone[1].num_forwards
 
-    barrier, flags = threading.Barrier(2, timeout=20), [False, False]
+    barrier, flags = threading.Barrier(2, timeout=600), [False, False]
 
     def job(rank: int) -> Rollout:
         def any_rank(flag: bool) -> bool:

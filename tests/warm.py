@@ -18,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
+# A run that has not ended by then hangs, however slow the machine.
+LIMIT_SECONDS = 3600
 
 
 class Warm:
@@ -36,7 +38,7 @@ class Warm:
         """codes (negative: the signal that killed it) and output of the processes that run `argv` as a recipe.
 
         `config`: an accelerate YAML's name, whose processes it starts; `faults`: what goes wrong, a list of mappings
-        for `install`; `kill_after`: seconds until all are killed.
+        for `install`.
         """
         self.process.stdin.write(json.dumps({"log": str(log), "argv": [str(word) for word in argv]} | request) + "\n")
         self.process.stdin.flush()
@@ -52,9 +54,13 @@ class Warm:
 def install(fault: dict) -> None:
     """Wraps `module:attribute`, whose `nth` call, and `times` in all, goes wrong in one of these ways.
 
+    The call "*": it dies at the `nth` call of any Python function at all.
+
     `when` it dies: "before" or "after" the call, or after it with the file it wrote cut in "half". `raises`: the
     arguments of an OSError. `sleeps`: seconds before the call. `returns`: this instead. `factor`: on what it returns.
     """
+    if fault["call"] == "*":
+        return die_at_call(fault["nth"])
     module, _, path = fault["call"].partition(":")
     *owners, name = path.split(".")
     owner = importlib.import_module(module)
@@ -88,6 +94,19 @@ def install(fault: dict) -> None:
         return None
 
     setattr(owner, name, wrapped)
+    return None
+
+
+def die_at_call(nth: int) -> None:
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event == "call"
+        if calls == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
 
 
 def environments(config: str | None) -> list[dict[str, str]]:
@@ -148,7 +167,7 @@ def run(request: dict) -> list[int]:
         if pid == 0:
             child(request, environment)
         pids[pid] = None
-    until = time.monotonic() + request.get("kill_after", 300)
+    until = time.monotonic() + LIMIT_SECONDS
     while None in pids.values():
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
