@@ -14,7 +14,7 @@ from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_htm
 from dgrpo.player.frames import LINE_END, Frame, Token, block_length_of, frames, prompt_text, token_texts
 from dgrpo.player.terminal import HIDDEN, canvas_lines, play, render, window
 from dgrpo.sampling import Rollout, SamplerConfig, generate
-from dgrpo.sampling.rollout import ended
+from dgrpo.sampling.rollout import completion_mask_of
 from dgrpo.text import printable
 from dgrpo.tiny.tokenizer import build_tokenizer
 
@@ -36,7 +36,7 @@ def rollout_of(tokenizer, texts, seed=0) -> Rollout:
     )["input_ids"]
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * LENGTH for text in texts]
     completion_ids = torch.tensor([row[:LENGTH] for row in ids])
-    completion_mask = ended(completion_ids, torch.tensor([tokenizer.eos_token_id]))
+    completion_mask = completion_mask_of(completion_ids, torch.tensor([tokenizer.eos_token_id]))
     order = [torch.randperm(BLOCK, generator=generator) + BLOCK * b for _ in texts for b in range(LENGTH // BLOCK)]
     denoised = -(-completion_mask.sum(1) // BLOCK) * BLOCK
     revealed_at = torch.cat(order).view(len(texts), LENGTH)

@@ -17,7 +17,8 @@ from dgrpo.noise import uniform
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.cache import WindowCache
 from dgrpo.sampling.denoise import _ORDER_STREAM
-from dgrpo.sampling.draw import draw, may_commit
+from dgrpo.sampling.draw import draw
+from dgrpo.sampling.policy import may_commit
 from dgrpo.vocabulary import first_argmax, inverse_cdf
 
 BLOCKS = SamplerConfig(max_completion_length=12, block_length=6, diffusion_steps=8)
@@ -757,3 +758,6 @@ def test_generate_refuses_what_it_cannot_sample(model, prompts):
         generate(model, ids, mask, replace(BLOCKS, remasking="random"))
     with pytest.raises(ValueError, match=r"fixed \[5, 3\] must be \[B, C\] = \[5, 12\]"):
         generate(model, ids, mask, BLOCKS, fixed=ids[:, :3])
+    for name in ("fixed", "group"):
+        with pytest.raises(ValueError, match=f"{name} is on meta, prompt_ids on cpu: move one to the other"):
+            generate(model, ids, mask, BLOCKS, **{name: torch.full((5, 12), -1, device="meta")})

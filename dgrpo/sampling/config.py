@@ -1,7 +1,10 @@
 """Settings of the reverse process."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
+from pkgutil import resolve_name
 from typing import Literal
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
@@ -11,7 +14,8 @@ Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
 class SamplerConfig:
     """How a completion is denoised. The defaults are LLaDA's published procedure and are exact.
 
-    `remasking` is the field's word for the order of commitment; a committed token is never hidden again.
+    `remasking` is the field's word for the order of commitment; only a `sampler_policy` of one's own hides a committed
+    token again.
     """
 
     max_completion_length: int = 128
@@ -43,6 +47,9 @@ class SamplerConfig:
     threshold: float | None = None
     factor: float | None = None
     entropy_bound: float | None = None
+    # What a step writes: a function (sight, budget, config) -> ids, itself or as package.module:function (see
+    # `dgrpo.sampling.policy`); None: `commit`, by the settings above. It has `diffusion_steps` steps, rules or not.
+    sampler_policy: str | Callable | None = None
 
     def __post_init__(self):
         def refuse(field: str, remedy: str):
@@ -89,6 +96,20 @@ class SamplerConfig:
                 f"is a rule on sorted confidences; remasking={self.remasking!r} sorts otherwise. Take low_confidence, "
                 "or threshold or entropy_bound.",
             )
+        if self.sampler_policy is not None:
+            try:
+                if not callable(self.policy):
+                    raise TypeError(f"{self.policy!r} is no function")
+                inspect.signature(self.policy).bind("sight", "budget", "config")
+            except (ImportError, AttributeError, ValueError, TypeError) as error:
+                refuse(
+                    "sampler_policy", f"name a function (sight, budget, config) as package.module:function; {error}."
+                )
+
+    @property
+    def policy(self) -> Callable | None:
+        """The function that `sampler_policy` names."""
+        return resolve_name(self.sampler_policy) if isinstance(self.sampler_policy, str) else self.sampler_policy
 
     @property
     def num_blocks(self) -> int:
@@ -96,12 +117,20 @@ class SamplerConfig:
 
     def exact(self) -> "SamplerConfig":
         """The same sampler without approximations."""
-        return replace(self, cache=None, cache_refresh=None, threshold=None, factor=None, entropy_bound=None)
+        off = dict.fromkeys(("cache", "cache_refresh", "threshold", "factor", "entropy_bound", "sampler_policy"))
+        return replace(self, **off)
 
     @property
     def approximate(self) -> bool:
-        """Whether the settings take a shortcut: a cache that goes out of date, or several tokens at once."""
-        return self.parallel or (self.cache is not None and self.cache_refresh != 1)
+        """Whether `exact` would sample otherwise: an outdated cache, several tokens at once, a policy of one's own."""
+        return self.parallel or (self.cache is not None and self.cache_refresh != 1) or self.policy is not None
+
+    @property
+    def steps_per_block(self) -> int:
+        """The most denoising steps that a block takes."""
+        if self.parallel and self.policy is None:
+            return self.block_length
+        return self.diffusion_steps // self.num_blocks
 
     @property
     def parallel(self) -> bool:

@@ -1,23 +1,24 @@
 """The reverse process: from an empty canvas to a completion, block by block.
 
-Shapes: B rollouts, P prompt tokens (padded on the left), C completion tokens, L = P + C; b rows still being denoised,
-n positions of the current block that may be chosen, V vocabulary.
+Shapes: B rollouts, P prompt tokens (padded on the left), C completion tokens, L = P + C; b rows at work, n positions
+of the current block that are looked at, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dgrpo.noise import uniform
-from dgrpo.sampling.cache import WindowCache
 from dgrpo.sampling.config import SamplerConfig
-from dgrpo.sampling.draw import NEVER, draw, may_commit
+from dgrpo.sampling.draw import NEVER, draw
+from dgrpo.sampling.network import Network
+from dgrpo.sampling.policy import Sight, commit
 
-# The draw of a token and that of a random order, at one (row, step, position), must not share their noise.
+# Draws of a token, of a random order and of a policy's own, at one (row, step, position), must not share their noise.
 _ORDER_STREAM = 1 << 40
+_POLICY_STREAM = 2 << 40
 
 
 @contextmanager
@@ -33,22 +34,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tokens_per_step(num_open: Tensor, steps: int) -> Tensor:
-    """How many tokens each of `steps` steps commits, [B, steps]: equal shares, the remainder to the first steps."""
-    share, rest = num_open // steps, num_open % steps
-    return share[:, None] + (torch.arange(steps) < rest[:, None]).long()
-
-
 class Denoiser:
-    """One batch on its way from all hidden to all revealed, and the trace of it.
+    """The loop: one batch on its way from all hidden to all revealed, and the record of it.
 
-    `any_rank(flag)` tells whether the flag is true on any process; every process then makes the same number of
-    passes, as ZeRO-3 and FSDP need. Alone, it is `bool`.
+    It steps through the blocks, sets rows aside that are done with theirs, and keeps processes in step:
+    `any_rank(flag)` tells whether the flag is true on any process; every process then makes the same number of passes,
+    as ZeRO-3 and FSDP need. Alone, it is `bool`.
     """
 
     def __init__(
         self,
-        model: Any,
+        network: Network,
         config: SamplerConfig,
         canvas: Tensor,
         prompt_mask: Tensor,
@@ -56,181 +52,158 @@ class Denoiser:
         end_ids: Tensor,
         any_rank: Callable[[bool], bool] = bool,
     ):
-        self.model, self.config, self.any_rank, self.end_ids = model, config, any_rank, end_ids
+        self.network, self.config, self.any_rank, self.end_ids = network, config, any_rank, end_ids
         self.prompt_width = prompt_mask.shape[1]
-        self.mask_token_id, self.num_words = model.config.mask_token_id, model.config.vocab_size
-        self.steps_per_block = config.block_length if config.parallel else config.diffusion_steps // config.num_blocks
-        self.num_steps = self.steps_per_block * config.num_blocks
-        # The rows still at work: their row in the batch, canvas, attention mask and noise key.
-        self.where = torch.arange(len(canvas), device=canvas.device)
-        self.ids, self.keys = canvas.clone(), keys
+        self.mask_token_id, self.num_words = network.model.config.mask_token_id, network.model.config.vocab_size
+        self.policy = config.policy or commit
+        self.revises = getattr(self.policy, "revises", True)
+        self.canvas, self.all_keys = canvas, keys
         completion_mask = prompt_mask.new_ones(len(canvas), config.max_completion_length)
-        self.attention_mask = None if prompt_mask.all() else torch.cat([prompt_mask, completion_mask], 1)
-        # The record of the whole batch.
-        is_open = canvas[:, self.prompt_width :] == self.mask_token_id
-        self.canvas = canvas
-        self.revealed_at = is_open.long() * (self.num_steps + 1) - 1
-        self.confidence = (~is_open).float()
-        self.entropy = torch.zeros_like(self.confidence)
-        self.cache: WindowCache | None = None
-        self.num_forwards = 0
+        self.all_visible = None if prompt_mask.all() else torch.cat([prompt_mask, completion_mask], 1)
+        self.given = canvas[:, self.prompt_width :] != self.mask_token_id
+        # Probability of each shown token when it was written; only kept for policies that may ask for it.
+        self.confidence = self.given.float()
+        # Each step's (rows [b], columns, step or -1 where nothing changed, tokens, probs, entropy [b, n]).
+        self.log: list[tuple[Tensor, ...]] = []
+        self.events: list[tuple[Tensor, Tensor]] = []
 
     def run(self) -> None:
+        alive = torch.arange(len(self.canvas), device=self.canvas.device)
         for block in range(self.config.num_blocks):
-            if not self.any_rank(len(self.where) > 0):
+            if not self.any_rank(len(alive) > 0):
                 break
             start = block * self.config.block_length
-            self.cache = None
+            stop = start + self.config.block_length
+            self.network.begin_block()
+            self._take(alive)
             steps = self._steps(start)
             while self.any_rank((now := next(steps, None)) is not None):
                 if now is None:
-                    self._idle_pass()
+                    self.network.idle_pass(self.canvas)
                 else:
-                    step, width, budget = now
-                    self._step(start, block * self.steps_per_block + step, width, budget)
-            self._retire(start + self.config.block_length)
-        self.canvas[self.where] = self.ids
+                    self._step(start, block * self.config.steps_per_block, *now)
+            self.canvas[self.rows] = self.ids
+            self._record()
+            if self.config.stop_at_eos:
+                # Rows that hold an end-of-text token by now leave the batch.
+                written = self.canvas[alive, self.prompt_width : self.prompt_width + stop]
+                alive = alive[~torch.isin(written, self.end_ids).any(1)]
+
+    def _take(self, rows: Tensor) -> None:
+        """Put these rows [b] of the batch to work."""
+        self.rows, self.ids, self.keys = rows, self.canvas[rows], self.all_keys[rows]
+        self.visible = None if self.all_visible is None else self.all_visible[rows]
 
     def _is_open(self, start: int) -> Tensor:
         block = self.ids[:, self.prompt_width + start : self.prompt_width + start + self.config.block_length]
         return block == self.mask_token_id
 
-    def _steps(self, start: int) -> Iterator[tuple[int, int, Tensor | None]]:
-        """The steps of the block at `start`: number, most open positions of a row, how many each row commits [b].
+    def _steps(self, start: int) -> Iterator[tuple[int, int]]:
+        """The steps of the block at `start` that may change something: number, and most open positions of a row.
 
-        The last is None where the model's confidence decides that.
+        Rows that are done are set aside until the block's end, so the others' passes get smaller.
         """
-        if self.config.parallel:
-            step = 0
-            while len(self.where) and (width := int(self._is_open(start).sum(1).amax())):
-                yield step, width, None
-                step += 1
-            return
-        # One look at the device: how many positions are open in each row decides the whole schedule of the block.
-        open_counts = self._is_open(start).sum(1).cpu()
-        plan = tokens_per_step(open_counts, self.steps_per_block)
-        left = open_counts[:, None] - plan.cumsum(1) + plan
-        for step in range(self.steps_per_block):
-            # A step that commits nothing changes nothing: its pass is left out.
-            if plan[:, step].any():
-                yield step, int(left[:, step].max()), plan[:, step]
+        # Rows that a policy may still revise: at first those that are not given entirely.
+        self.restless = ~self.given[self.rows, start : start + self.config.block_length].all(1)
+        num_open = self._num_left(start).tolist()
+        for step in range(self.config.steps_per_block):
+            if not any(num_open):
+                return
+            if (num_done := num_open.count(0)) and self.network.worth_leaving(num_done, len(num_open)):
+                stay = (self._num_left(start) == 0).int().argsort(stable=True)[: len(num_open) - num_done]
+                self.canvas[self.rows] = self.ids
+                self._take(self.rows[stay])
+                self.network.keep(stay)
+                num_open = [number for number in num_open if number]
+            yield step, max(num_open)
+            if self.policy is commit and not self.config.parallel:
+                # The schedule tells, without another look at the device.
+                steps_left = self.config.steps_per_block - step
+                num_open = [number - -(-number // steps_left) for number in num_open]
+            else:
+                num_open = self._num_left(start).tolist()
 
-    def _step(self, start: int, step: int, width: int, budget: Tensor | None) -> None:
-        config = self.config
-        is_open = self._is_open(start)
-        # Open positions first; rows with fewer of them than `width` are filled up with positions that stay unchanged.
-        columns = (~is_open).int().argsort(dim=1, stable=True)[:, :width]
-        is_open = is_open.gather(1, columns)
+    def _num_left(self, start: int) -> Tensor:
+        """Open positions of each row [b], and one more where a policy that revises may not be done: 0 when it is."""
+        num_open = self._is_open(start).sum(1)
+        return num_open + self.restless if self.revises else num_open
+
+    def _step(self, start: int, first_step: int, step: int, width: int) -> None:
+        config, number = self.config, first_step + step
+        is_open, steps_left = self._is_open(start), config.steps_per_block - step
+        # Equal shares of what is open over the steps that are left, the remainder to the first of them.
+        budget = None if config.parallel else (is_open.sum(1) + steps_left - 1) // steps_left
+        if self.revises:
+            columns = torch.arange(config.block_length, device=is_open.device).expand_as(is_open)
+        else:
+            # Open positions first; rows with fewer of them than `width` are filled up with shown ones.
+            columns = (~is_open).int().argsort(dim=1, stable=True)[:, :width]
+            is_open = is_open.gather(1, columns)
         columns = columns + start
-        logits = self._logits(columns, start).flatten(0, 1)
+        at = columns + self.prompt_width
+        begin = self.prompt_width + start
+        logits = self.network.logits(self.ids, self.visible, at, slice(begin, begin + config.block_length))
+        logits = logits.flatten(0, 1)
         if config.logits_eos_inf:
             logits[:, self.end_ids[0]] = NEVER
-        noise = uniform(self.keys, step, columns).flatten() if config.temperature > 0 else None
+        noise = uniform(self.keys, number, columns).flatten() if config.temperature > 0 else None
         drawn = draw(logits, noise, config, self.mask_token_id, self.num_words)
-        order = drawn.order
+        tokens, probs, entropy, order = (value.view(columns.shape) for value in drawn)
         if config.remasking == "random":
-            order = uniform(self.keys, step + _ORDER_STREAM, columns).flatten().float()
-        order = order.view(columns.shape)
-        if config.confidence_eos_eot_inf:
-            is_end = torch.isin(drawn.tokens, self.end_ids).view(columns.shape)
-            if budget is None:
-                # However sure, they are no candidates while an ordinary token is: a rule must not see them beside it.
-                is_open &= ~is_end | ~(is_open & ~is_end).any(1, keepdim=True)
-            else:
-                order = order.masked_fill(is_end, NEVER)
-        order = order.masked_fill(~is_open, -torch.inf)
-        most = width if budget is None else int(budget.max())
-        picked = order.argsort(dim=1, descending=True, stable=True)[:, :most]
-        tokens, probs, entropy = (
-            value.view(columns.shape).gather(1, picked) for value in (drawn.tokens, drawn.probs, drawn.entropy)
+            order = uniform(self.keys, number + _ORDER_STREAM, columns).float()
+        before = self.ids.gather(1, at)
+        sight = Sight(
+            ids=before,
+            is_open=is_open,
+            tokens=tokens,
+            probs=probs,
+            entropy=entropy,
+            order=order,
+            positions=columns,
+            step=step,
+            num_steps=config.steps_per_block,
+            mask_token_id=self.mask_token_id,
+            end_ids=self.end_ids,
         )
-        if budget is None:
-            committed = may_commit(probs, entropy, is_open.gather(1, picked), config)
-        else:
-            committed = torch.arange(most, device=picked.device) < budget.to(picked.device)[:, None]
-        columns = columns.gather(1, picked)
-        at = self.prompt_width + columns
-        self.ids.scatter_(1, at, torch.where(committed, tokens, self.ids.gather(1, at)))
-        rows = self.where[:, None]
-        for record, value in ((self.revealed_at, step), (self.confidence, probs), (self.entropy, entropy)):
-            record[rows, columns] = torch.where(committed, value, record[rows, columns])
+        may_change = is_open
+        if self.revises:
+            place = self.rows[:, None], columns
+            may_change = ~self.given[place]
+            own_noise = uniform(self.keys, number + _POLICY_STREAM, columns)
+            sight = sight._replace(confidence=self.confidence[place], noise=own_noise)
+        after = self.policy(sight, budget, config)
+        if self.policy is not commit:
+            self._check(after, sight)
+        after = torch.where(may_change, after, before)
+        if steps_left == 1:
+            after = torch.where(after == self.mask_token_id, tokens, after)
+        changed = after != before
+        self.ids.scatter_(1, at, after)
+        if self.revises:
+            self.restless = changed.any(1)
+            kept = self.confidence[place].where(~changed, probs)
+            self.confidence[place] = kept.where(after != self.mask_token_id, 0.0)
+        self.log.append((self.rows, columns, torch.where(changed, number, -1), after, probs, entropy))
 
-    def _logits(self, columns: Tensor, start: int) -> Tensor:
-        """Float32 logits [b, n, V] at completion positions `columns` [b, n] of the current block."""
-        at = self.prompt_width + columns
-        begin = self.prompt_width + start
-        block = slice(begin, begin + self.config.block_length)
-        if self.config.cfg_scale:
-            hidden_prompt = self.ids.clone()
-            prompt = hidden_prompt[:, : self.prompt_width]
-            prompt.fill_(self.mask_token_id)
-            mask = self.attention_mask
-            logits = self._pass(
-                torch.cat([self.ids, hidden_prompt]),
-                None if mask is None else torch.cat([mask, mask]),
-                at.repeat(2, 1),
-                block,
+    def _check(self, after: Tensor, sight: Sight) -> None:
+        allowed = [sight.ids, sight.tokens, torch.full_like(sight.ids, sight.mask_token_id)]
+        if after.shape != sight.ids.shape or not (torch.stack(allowed) == after).any(0).all():
+            raise ValueError(
+                f"sampler_policy={self.config.sampler_policy!r}: it must return ids {list(sight.ids.shape)}, each of "
+                "them sight.ids, sight.tokens or sight.mask_token_id at its place."
             )
-            conditional, unconditional = logits.chunk(2)
-            return unconditional + (1 + self.config.cfg_scale) * (conditional - unconditional)
-        if self.config.cache is None:
-            return self._pass(self.ids, self.attention_mask, at, block, distinct=self.num_forwards == 0)
-        if self.cache is None or self.cache.age == self.config.cache_refresh:
-            self.cache = WindowCache()
-            logits = self._pass(self.ids, self.attention_mask, at, block, self.cache, distinct=self.num_forwards == 0)
-            stop = block.stop if self.config.cache == "dual" else self.ids.shape[1]
-            self.cache.window = slice(begin - self.model.logit_shift, stop)
-            return logits
-        window = self.cache.window
-        assert window is not None
-        self.cache.age += 1
-        block = slice(begin - window.start, begin - window.start + self.config.block_length)
-        return self._pass(self.ids[:, window], self.attention_mask, at - window.start, block, self.cache)
 
-    def _pass(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        at: Tensor,
-        block: slice,
-        cache: WindowCache | None = None,
-        distinct: bool = False,
-    ) -> Tensor:
-        """Logits [b, n, V] at columns `at` [b, n] of `ids`, all of them in `block`; `distinct`: equal rows once."""
-        self.num_forwards += 1
-        copies = None
-        if distinct:
-            key = ids if mask is None else ids.masked_fill(~mask, -1)
-            found, copies = key.unique(dim=0, return_inverse=True)
-            rows = torch.arange(len(ids), device=ids.device)
-            first = rows.new_full((len(found),), len(ids)).scatter_reduce(0, copies, rows, "amin")
-            ids, at, mask = ids[first], at[first], None if mask is None else mask[first]
-        length = ids.shape[1]
-        position_ids = None
-        if cache is not None and cache.window is not None:
-            position_ids = torch.arange(cache.window.start, cache.window.start + length, device=ids.device)[None]
-        flat = (torch.arange(len(ids), device=ids.device)[:, None] * length + at).flatten()
-        logits = self.model(ids, mask, position_ids=position_ids, past_key_values=cache, positions=flat, columns=block)
-        logits = logits.view(*at.shape, -1)
-        if copies is None:
-            return logits
-        if cache is not None:
-            cache.expand(copies)
-        return logits[copies]
-
-    def _idle_pass(self) -> None:
-        """A pass whose result nobody reads: other processes still need this one's share of the weights."""
-        self.num_forwards += 1
-        self.model(self.canvas[:1], positions=torch.zeros(1, dtype=torch.long, device=self.canvas.device))
-
-    def _retire(self, stop: int) -> None:
-        """Rows that hold an end-of-text token before `stop`, all revealed by now, leave the batch."""
-        if not self.config.stop_at_eos or len(self.where) == 0:
+    def _record(self) -> None:
+        """Turn the block's log into events (row, step, position, token) [k, 4] and (confidence, entropy) [k, 2]."""
+        if not self.log:
             return
-        done = torch.isin(self.ids[:, self.prompt_width : self.prompt_width + stop], self.end_ids).any(1)
-        if not done.any():
-            return
-        self.canvas[self.where[done]] = self.ids[done]
-        self.where, self.ids, self.keys = self.where[~done], self.ids[~done], self.keys[~done]
-        if self.attention_mask is not None:
-            self.attention_mask = self.attention_mask[~done]
+        rows, *rest = zip(*self.log, strict=True)
+        rows = [each[:, None].expand_as(columns) for each, columns in zip(rows, rest[0], strict=True)]
+        row, position, step, token, probs, entropy = (
+            torch.cat([each.flatten() for each in part]) for part in (rows, *rest)
+        )
+        happened = (step >= 0).nonzero()[:, 0]
+        token = token.masked_fill(token == self.mask_token_id, -1)
+        events, values = torch.stack([row, step, position, token], 1), torch.stack([probs, entropy], 1)
+        self.events.append((events[happened], values[happened]))
+        self.log.clear()

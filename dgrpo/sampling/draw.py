@@ -1,4 +1,4 @@
-"""Drawing tokens: counter-based noise, inverse-CDF draws, confidences, and which positions to commit."""
+"""Drawing tokens: counter-based noise, inverse-CDF draws, and how sure the model was."""
 
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
         scaled = mass if temperature == 1 else (logits / temperature).exp_()
         tokens = inverse_cdf(scaled, noise)[:, None]
     token_logit = logits.gather(-1, tokens)
-    # The token apart: how little the others have is lost in 1 - p.
+    # Sum the other tokens' mass directly: 1 - p cancels in float32 when p is near 1.
     mass.scatter_(-1, tokens, 0)
     log_others = torch.logaddexp(mass.sum(-1, keepdim=True).log(), mask_logit)
     log_total = torch.logaddexp(token_logit, log_others)
@@ -73,21 +73,3 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
         rest = logits.sub_(top[:, :1]).exp_().scatter_(-1, likeliest[:, :1], 0).sum(-1, keepdim=True)
         order = rest.log1p() - (rest + top.diff().exp()).log()
     return Drawn(tokens[:, 0], log_odds.sigmoid()[:, 0], entropy[:, 0], order[:, 0])
-
-
-def may_commit(probs: Tensor, entropy: Tensor, is_open: Tensor, config: SamplerConfig) -> Tensor:
-    """Positions that one step commits together under the config's rule, [B, n] bool: the first where none is fine.
-
-    probs, entropy and is_open [B, n] are in the order of commitment, open positions first. The entropy bound holds in
-    any such order.
-    """
-    if config.threshold is not None:
-        fine = (probs >= config.threshold) & is_open
-    elif config.factor is not None:
-        count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
-        fine = ((count + 1) * (1 - probs) < config.factor).cumprod(1).bool()
-    else:
-        assert config.entropy_bound is not None
-        fine = (entropy.cumsum(1) - entropy.cummax(1).values <= config.entropy_bound).cumprod(1).bool()
-    fine[:, 0] |= ~fine.any(1)
-    return fine & is_open

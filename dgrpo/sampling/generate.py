@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
-from dgrpo.sampling.rollout import Rollout, check_prompts, ended
+from dgrpo.sampling.network import Network
+from dgrpo.sampling.rollout import Rollout, check_prompts, completion_mask_of, replay
 
 
 def end_token_ids(model: Any) -> Tensor:
@@ -38,25 +39,41 @@ def generate(
     batch_size: int | None = None,
     any_rank: Callable[[bool], bool] = bool,
 ) -> Rollout:
-    """Completions sampled by denoising (LLaDA, arXiv:2502.09992, algorithm 5), with the trace of how.
+    """Completions sampled by denoising (LLaDA, arXiv:2502.09992, algorithm 5), with the record of how.
 
-    prompt_ids, prompt_mask [B, P], padded on the left. The noise of a row is a function of its key: `row_keys` [B]
-    int64 if given, else drawn from `generator`; the global random state is neither read nor changed. `fixed` [B, C]
-    holds token ids that are given in advance and -1 or [MASK] elsewhere; those after an end give way to EOS. `group`
-    [B] numbers the prompts (default: rows with equal prompts share a number). `batch_size` rows are denoised at a
-    time, sorted by prompt length. `any_rank` tells whether a flag is true on any process; pass it where all processes
-    must make the same number of passes.
+    The noise of a row is a function of its key; the global random state is neither read nor changed.
+
+    Args:
+        model: A mask predictor of `dgrpo.models`.
+        prompt_ids: Token ids [B, P], padded on the left.
+        prompt_mask: [B, P], False on padding.
+        config: Settings of the sampler.
+        generator: What row keys are drawn from where none are given; needed where anything is random.
+        row_keys: Noise keys [B] int64.
+        fixed: Token ids [B, C] that are given in advance, -1 or [MASK] elsewhere; those after an end give way to EOS.
+        group: Numbers of the prompts [B]; by default rows with equal prompts share one.
+        batch_size: Rows denoised at a time, sorted by prompt length; by default all.
+        any_rank: Whether a flag is true on any process; give it where all processes must make equally many passes.
+
+    Returns:
+        The completions and how they came about.
+
+    Raises:
+        ValueError: What cannot be sampled, by name, value and remedy.
     """
-    prompt_mask = check_prompts(prompt_ids, prompt_mask)
-    if len(prompt_ids) == 0:
-        raise ValueError("prompt_ids: there are no rows to sample.")
     num_rows, device = len(prompt_ids), prompt_ids.device
+    for name, given in {"prompt_mask": prompt_mask, "fixed": fixed, "group": group}.items():
+        if given is not None and given.device != device:
+            raise ValueError(f"{name} is on {given.device}, prompt_ids on {device}: move one to the other.")
+    prompt_mask = check_prompts(prompt_ids, prompt_mask)
+    if num_rows == 0:
+        raise ValueError("prompt_ids: there are no rows to sample.")
     if row_keys is None:
         if generator is None and (config.temperature > 0 or config.remasking == "random"):
             raise ValueError(
                 f"temperature={config.temperature}, remasking={config.remasking!r}: pass a torch.Generator."
             )
-        row_keys = torch.zeros(num_rows, dtype=torch.long)
+        row_keys = torch.arange(num_rows)
         if generator is not None:
             row_keys = torch.randint(2**62, (num_rows,), generator=generator, device=generator.device)
     row_keys = row_keys.to(device)
@@ -76,45 +93,47 @@ def generate(
     batch_size = min(batch_size or num_rows, num_rows)
     # Rows of similar length share a batch, so padding costs little; one batch keeps its order.
     order = lengths.argsort(stable=True) if batch_size < num_rows else torch.arange(num_rows, device=device)
-    parts = []
+    completion_ids, num_forwards = blank.clone(), 0
+    events, values = [blank.new_empty(0, 4)], [torch.empty(0, 2, device=device)]
     with evaluating(model):
         for rows in order.split(batch_size):
             skip = prompt_ids.shape[1] - int(lengths[rows].max())
             canvas = torch.cat([prompt_ids[rows, skip:], blank[rows]], 1)
-            part = Denoiser(model, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, any_rank)
+            network = Network(model, config, canvas.shape[1] - config.max_completion_length)
+            part = Denoiser(network, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, any_rank)
             part.run()
-            parts.append(part)
-    back = order.argsort()
-    completion_ids, revealed_at, confidence, entropy = (
-        torch.cat(tensors)[back]
-        for tensors in zip(
-            *((p.canvas[:, p.prompt_width :], p.revealed_at, p.confidence, p.entropy) for p in parts), strict=True
-        )
-    )
-    completion_mask = ended(completion_ids, end_ids)
+            completion_ids[rows] = part.canvas[:, part.prompt_width :]
+            num_forwards += network.num_forwards
+            for event, value in part.events:
+                events.append(torch.cat([rows[event[:, :1]], event[:, 1:]], 1))
+                values.append(value)
+    given, num_steps = blank != model.config.mask_token_id, config.steps_per_block * config.num_blocks
+    history, revealed_at, confidence, entropy = replay(torch.cat(events), torch.cat(values), given, num_steps)
+    completion_mask = completion_mask_of(completion_ids, end_ids)
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=torch.where(completion_mask, completion_ids, end_ids[0]),
         completion_mask=completion_mask,
-        # What was drawn after the end is not kept: no state of the trace may show it, or tell where the end is.
-        revealed_at=torch.where(completion_mask, revealed_at, parts[0].num_steps),
+        # Only the history keeps what was drawn after the end: no picture may show it, or tell where the end is.
+        revealed_at=torch.where(completion_mask, revealed_at, num_steps),
         confidence=confidence.where(completion_mask, 0.0),
         entropy=entropy.where(completion_mask, 0.0),
         group=_same_prompt_groups(prompt_ids, prompt_mask) if group is None else group,
-        num_forwards=sum(part.num_forwards for part in parts),
-        num_steps=parts[0].num_steps,
+        num_forwards=num_forwards,
+        num_steps=num_steps,
+        history=history,
     )
 
 
-def agreement(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, config: SamplerConfig, **how) -> float:
+def agreement(model: Any, prompt_ids: Tensor, prompt_mask: Tensor, config: SamplerConfig, **kwargs) -> float:
     """Share of completion tokens that the config's shortcuts leave as the exact sampler has them, at temperature 0.
 
-    `how`: the keywords of `generate`. One token that differs early changes what follows: this tells the size of the
-    approximation, not its harm.
+    One token that differs early changes what follows: this tells the size of the approximation, not its harm.
+    `kwargs` are those of `generate`.
     """
     first, second = (
-        generate(model, prompt_ids, prompt_mask, replace(each, temperature=0.0), **how)
+        generate(model, prompt_ids, prompt_mask, replace(each, temperature=0.0), **kwargs)
         for each in (config, config.exact())
     )
     seen = first.completion_mask | second.completion_mask

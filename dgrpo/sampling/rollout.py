@@ -18,12 +18,42 @@ class Rollout:
     prompt_mask: Tensor  # [B, P] bool, False on padding
     completion_ids: Tensor  # [B, C], no [MASK] left; EOS after the first end-of-text token
     completion_mask: Tensor  # [B, C] bool, True up to and including the first end-of-text token
-    revealed_at: Tensor  # [B, C] denoising step that committed the token; -1 given in advance, `num_steps` never
+    revealed_at: Tensor  # [B, C] denoising step that last committed the token; -1 given in advance, `num_steps` never
     confidence: Tensor  # [B, C] float32, probability of the token when it was committed (0 if never, 1 if given)
     entropy: Tensor  # [B, C] float32, entropy of the model's distribution at that moment (0 if never or given)
     group: Tensor  # [B] rows of one prompt share a number
     num_forwards: int  # passes through the network
     num_steps: int  # denoising steps of a full-length completion
+    # [B, E, 3] every write in order of time: (step, position, token id), -1 as token where one was hidden again. Also
+    # writes behind the end, which nothing else keeps. Rows with fewer of them than others are filled up with -1. Left
+    # out: every token was written once, as `revealed_at` says.
+    history: Tensor = None  # type: ignore[assignment] # a tensor once built
+
+    def __post_init__(self):
+        if self.history is None:
+            object.__setattr__(self, "history", _written_once(self.completion_ids, self.revealed_at, self.num_steps))
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """The completion as it stood before each step that changed it.
+
+        Returns:
+            states [B, S, C]: token ids, -1 where hidden; S is the most such steps of a row, and a row with fewer of
+            them is filled up with -1. steps [B, S]: their numbers, -1 where filled up.
+        """
+        step, position, token = self.history.unbind(2)
+        begins = (step >= 0) & (step != torch.nn.functional.pad(step, (1, 0), value=-1)[:, :-1])
+        number = begins.long().cumsum(1) - 1
+        num_states = int(begins.sum(1).max()) if begins.numel() else 0
+        canvas = self.completion_ids.where(self.revealed_at == -1, -1)
+        states = canvas[:, None].repeat(1, num_states, 1).fill_(-1)
+        steps = step.new_full(states.shape[:2], -1)
+        for event in range(step.shape[1]):
+            rows = begins[:, event].nonzero()[:, 0]
+            states[rows, number[rows, event]] = canvas[rows]
+            steps[rows, number[rows, event]] = step[rows, event]
+            rows = (step[:, event] >= 0).nonzero()[:, 0]
+            canvas[rows, position[rows, event]] = token[rows, event]
+        return states, steps
 
     def rows(self, index: list[int]) -> "Rollout":
         """The chosen rows, without padding that all of them share."""
@@ -36,6 +66,36 @@ class Rollout:
         for name in ("prompt_ids", "prompt_mask"):
             picked[name] = picked[name][:, picked[name].shape[1] - width :]
         return replace(self, **picked)
+
+
+def _written_once(completion_ids: Tensor, revealed_at: Tensor, num_steps: int) -> Tensor:
+    """The history [B, C, 3] in which each token was written at `revealed_at`."""
+    written = (revealed_at >= 0) & (revealed_at < num_steps)
+    position = torch.arange(revealed_at.shape[1], device=revealed_at.device).expand_as(revealed_at)
+    events = torch.stack([revealed_at, position, completion_ids], 2).where(written[..., None], -1)
+    order = revealed_at.where(written, num_steps).argsort(dim=1, stable=True)
+    return events.gather(1, order[..., None].expand_as(events))
+
+
+def replay(events: Tensor, values: Tensor, given: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the events of B rows say: history [B, E, 3], and revealed_at, confidence, entropy [B, C] of last writes.
+
+    events [k, 4]: (row, step, position, token), each row's in order of time; values [k, 2]: (confidence, entropy);
+    given [B, C] bool: what was not written but there from the start.
+    """
+    num_rows, width = given.shape
+    row, step, position, _ = events.unbind(1)
+    number = torch.arange(len(events), device=events.device)
+    last = number.new_full((num_rows * width,), -1).scatter_reduce(0, row * width + position, number, "amax")
+    last = last.view(num_rows, width)
+    # Index -1 is the row that stands for no write at all.
+    revealed_at = torch.cat([step, step.new_full((1,), num_steps)])[last].masked_fill(given, -1)
+    confidence, entropy = torch.cat([values, values.new_zeros(1, 2)])[last].unbind(2)
+    count = row.bincount(minlength=num_rows)
+    history = events.new_full((num_rows, int(count.max()), 3), -1)
+    by_row = row.argsort(stable=True)
+    history[row[by_row], number - (count.cumsum(0) - count)[row[by_row]]] = events[by_row, 1:]
+    return history, revealed_at, confidence.masked_fill(given, 1.0), entropy
 
 
 def check_prompts(prompt_ids: Tensor, prompt_mask: Tensor, may_be_empty: bool = False) -> Tensor:
@@ -54,7 +114,7 @@ def check_prompts(prompt_ids: Tensor, prompt_mask: Tensor, may_be_empty: bool = 
     return prompt_mask
 
 
-def ended(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
+def completion_mask_of(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
     """True up to and including the first end-of-text token, [B, C] bool."""
     is_end = torch.isin(completion_ids, end_ids)
     return is_end.int().cumsum(1) - is_end.int() == 0

@@ -98,6 +98,9 @@ class DiffuGRPOConfig(GRPOConfig):
     threshold: float | None = field(default=None, metadata={"help": "Commit every token at least this probable."})
     factor: float | None = field(default=None, metadata={"help": "Fast-dLLM's factor rule for parallel decoding."})
     entropy_bound: float | None = field(default=None, metadata={"help": "EB-Sampler's bound, in nats."})
+    sampler_policy: str | None = field(
+        default=None, metadata={"help": "What a denoising step writes: package.module:function; None: as set above."}
+    )
     merge_adapter_for_rollouts: bool = field(
         default=False,
         metadata={"help": "Fold the adapter into the base weights while rollouts are sampled; takes a copy of them."},
