@@ -108,8 +108,32 @@ def test_frames_tell_nothing_of_what_comes(rollout, tokenizer):
 def test_given_tokens_are_there_from_the_start(rollout, tokenizer):
     given = rollout.revealed_at.clone()
     given[0, 3] = -1
-    first = frames(replace(rollout, revealed_at=given), tokenizer, 0)[0]
+    first = frames(replace(rollout, revealed_at=given, history=None), tokenizer, 0)[0]
     assert [token is not None for token in first.tokens] == [position == 3 for position in range(LENGTH)]
+
+
+def test_frames_show_what_was_hidden_again_and_what_was_overwritten(rollout, tokenizer):
+    hidden, changed = (rollout.revealed_at[0, :BLOCK] >= 5).nonzero().flatten().tolist()[:2]
+    first, other = tokenizer("7 9")["input_ids"][::2]
+    again = torch.tensor([[1, hidden, first], [3, hidden, -1], [4, changed, other]])
+    history = torch.cat([rollout.history[:1], again[None]], 1)
+    late = torch.where(history[..., 0] < 0, LENGTH, history[..., 0]).argsort(stable=True)
+    history = history.gather(1, late[..., None].expand_as(history))
+    revised = replace(rollout.rows([0]), history=history)
+    shots = {shot.step: shot for shot in frames(revised, tokenizer)}
+    plain_shots = {shot.step: shot for shot in frames(rollout, tokenizer)}
+    assert set(shots) == set(plain_shots)
+    for step, shot in shots.items():
+        texts = [token and token.text for token in shot.tokens]
+        expected = [token and token.text for token in plain_shots[step].tokens]
+        if 1 <= step < 3:
+            expected[hidden] = "7"
+        if 4 <= step < rollout.revealed_at[0, changed]:
+            expected[changed] = "9"
+        assert texts == expected
+        assert shot.rehidden == ({hidden} if step == 3 else set())
+    last = list(shots.values())[-1]
+    assert (last.tokens[hidden].earlier, last.tokens[changed].earlier) == (("7",), ("9",))
 
 
 def test_row_out_of_range_is_refused(rollout, tokenizer):

@@ -96,16 +96,30 @@ def block_length_of(rollout: Rollout) -> int:
 def _writes(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, row: int
 ) -> Iterable[tuple[int, list[tuple[int, Token | None]]]]:
-    """The changes of one row's canvas by step: (position, its new token, or None where it was hidden again)."""
+    """The changes of one row's canvas by step: (position, its new token, or None where it was hidden again).
+
+    A rollout keeps confidence and entropy of a position's last token only; earlier ones have 0.
+    """
     ids, kept = rollout.completion_ids[row].tolist(), rollout.completion_mask[row].tolist()
-    texts = token_texts(tokenizer, ids)
+    texts, last = token_texts(tokenizer, ids), sum(kept) - 1
+
+    def final(position: int, step: int) -> Token:
+        confidence, entropy = rollout.confidence[row, position].item(), rollout.entropy[row, position].item()
+        return Token(texts[position], step, confidence, entropy, ends=position == last and not all(kept))
+
+    revealed_at = rollout.revealed_at[row].tolist()
     steps: dict[int, list[tuple[int, Token | None]]] = {-1: []}
-    last = sum(kept) - 1
-    for position, step in enumerate(rollout.revealed_at[row].tolist()):
-        if step < rollout.num_steps:
-            confidence, entropy = rollout.confidence[row, position].item(), rollout.entropy[row, position].item()
-            ends = position == last and not all(kept)
-            steps.setdefault(step, []).append((position, Token(texts[position], step, confidence, entropy, ends)))
+    steps[-1] += [(position, final(position, -1)) for position, step in enumerate(revealed_at) if step == -1]
+    for step, position, token_id in rollout.history[row].tolist():
+        # Filled up, or drawn behind the end.
+        if step < 0 or revealed_at[position] == rollout.num_steps:
+            continue
+        token = None
+        if step == revealed_at[position]:
+            token = final(position, step)
+        elif token_id >= 0:
+            token = Token(token_texts(tokenizer, [*ids[:position], token_id])[-1], step, 0.0, 0.0)
+        steps.setdefault(step, []).append((position, token))
     return sorted(steps.items())
 
 
