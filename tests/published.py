@@ -163,6 +163,18 @@ CONFIGS: dict[str, dict] = {
         "weight_tying": False,
     },
 }
+# A copy as toolkits make it: the hub's own config.json names neither the mask nor the block length.
+CONFIGS["sdar"] = CONFIGS["qwen3"] | {
+    "architectures": ["SDARForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_sdar.SDARConfig",
+        "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+    },
+    "block_size": 4,
+    "fuse_cross_entropy": True,
+    "mask_token_id": NUM_WORDS - 1,
+    "model_type": "sdar",
+}
 CONFIGS["a2d-qwen2"] = CONFIGS["qwen2"] | {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2"}
 CONFIGS["a2d-llama"] = CONFIGS["llama"] | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"}
 
@@ -181,7 +193,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
             if config["model_type"] in ("Dream", "qwen2", "a2d-qwen2"):
                 found[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
         found[f"{layer}.self_attn.o_proj.weight"] = (d, heads * size)
-        if "qwen3" in config["model_type"] or config.get("qk_layernorm"):
+        if "qwen3" in config["model_type"] or config["model_type"] == "sdar" or config.get("qk_layernorm"):
             found |= {f"{layer}.self_attn.{name}_norm.weight": (size,) for name in "qk"}
         found |= {f"{layer}.{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
         width, parts = config.get("intermediate_size"), [f"{layer}.mlp"]
@@ -293,8 +305,9 @@ def write_checkpoint(
 def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, shift: int) -> Tensor:
     """Logits [L, V] for token i at row i of one text without padding, from the stored tensors, in float64.
 
-    A transformer in which every token sees every token: RMSNorm, rotary positions, grouped keys and values, SwiGLU or
-    a sum over the most probable experts. `shift` 1: the prediction for token i is read at position i - 1.
+    A transformer in which every token sees every token, or all of its block and of those before it: RMSNorm, rotary
+    positions, grouped keys and values, SwiGLU or a sum over the most probable experts. `shift` 1: the prediction for
+    token i is read at position i - 1.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
     heads, eps, theta = config["num_attention_heads"], config["rms_norm_eps"], config["rope_theta"]
@@ -314,6 +327,9 @@ def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, shift: int) ->
                 for name, states in (("q", query), ("k", key))
             )
         scores = rotary(query, theta) @ rotary(key, theta)[shared].mT / query.shape[-1] ** 0.5
+        if "block_size" in config:
+            block = torch.arange(len(ids)) // config["block_size"]
+            scores = scores.masked_fill(block > block[:, None], -torch.inf)
         attended = (scores.softmax(-1) @ value[shared]).transpose(0, 1).flatten(1)
         x = x + attended @ layer["self_attn.o_proj.weight"].T
         h = rms_norm(x, layer["post_attention_layernorm.weight"], eps)

@@ -35,14 +35,15 @@ def test_causal_prefix_and_full_masks_are_blocks_of_other_lengths():
 @pytest.mark.parametrize("num_queries", [7, 3])
 @pytest.mark.parametrize("block_length", [1, 2, 4, 8])
 def test_blocks_are_counted_from_each_text_s_first_token(num_queries, block_length):
-    visible = block_causal(num_queries, 7, block_length, PADDING, "cpu") & PADDING[:, None]
+    blocks = block_causal(num_queries, 7, block_length, PADDING, "cpu")
+    visible = attention_mask(PADDING, blocks, "sdpa", torch.float32)[:, 0]
     for row in range(2):
-        for q in range(7 - num_queries, 7):
+        start = int((~PADDING[row]).sum())
+        for q in range(max(start, 7 - num_queries), 7):
             for k in range(7):
-                start = int((~PADDING[row]).sum())
-                seen = PADDING[row, k] and (q < start or (k - start) // block_length <= (q - start) // block_length)
+                seen = k >= start and (k - start) // block_length <= (q - start) // block_length
                 assert visible[row, q - 7 + num_queries, k] == seen, (row, q, k)
-    # A softmax over no key would be no number.
+    # A pad's softmax over no key would be no number.
     assert visible.any(-1).all()
     assert positions_of(PADDING).tolist() == [[-1, -1, 0, 1, 2, 3, 4], list(range(7))]
 

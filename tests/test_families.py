@@ -20,8 +20,12 @@ from dgrpo.sampling.cache import WindowCache
 from dgrpo.views import MaskedViews
 
 # How far the logits are shifted, and how many linear layers LoRA adapts in two layers of the network.
-KINDS = {"dream": (1, 14), "llada_moe": (0, 8), "a2d-qwen2": (0, 14), "a2d-qwen3": (0, 14), "a2d-llama": (0, 14)}
+FULL = {"dream": (1, 14), "llada_moe": (0, 8), "a2d-qwen2": (0, 14), "a2d-qwen3": (0, 14), "a2d-llama": (0, 14)}
+BLOCKS = {"sdar": (0, 14)}
+KINDS = FULL | BLOCKS
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+# Every token sees every token.
+EVERY_FULL_KIND = pytest.mark.parametrize("kind", FULL)
 MASK = published.NUM_WORDS - 1
 BIAS = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias"
 
@@ -94,7 +98,7 @@ def test_bfloat16_stays_within_its_rounding(tmp_path, texts, kind):
     assert ((logits[0] - expected).norm() / expected.norm()).item() < 0.02
 
 
-@EVERY_KIND
+@EVERY_FULL_KIND
 def test_attention_looks_both_ways(networks, kind):
     model = networks[kind]
     ids = torch.arange(8)[None]
@@ -183,7 +187,7 @@ def test_what_trl_peft_and_transformers_look_for(networks, kind):
     assert DreamConfig().auto_map == LLaDAMoEConfig().auto_map == {}
 
 
-@EVERY_KIND
+@EVERY_FULL_KIND
 def test_scores_are_those_of_the_predicted_token(networks, texts, kind):
     """Scoring, and with it SFT, RL and likelihood, reads the row that predicts the token, wherever it is."""
     ids, mask = texts
@@ -204,7 +208,7 @@ def test_scores_are_those_of_the_predicted_token(networks, texts, kind):
             torch.testing.assert_close(logps[row, view][scored], expected[scored].float(), rtol=0, atol=3e-5)
 
 
-@EVERY_KIND
+@EVERY_FULL_KIND
 def test_sampler_equals_the_published_loop_on_the_published_equations(networks, texts, kind):
     ids, mask = texts
     config = SamplerConfig(max_completion_length=6, block_length=3, diffusion_steps=4, stop_at_eos=False)
@@ -217,7 +221,7 @@ def test_sampler_equals_the_published_loop_on_the_published_equations(networks, 
         assert torch.equal(rollout.revealed_at[row], when)
 
 
-@EVERY_KIND
+@EVERY_FULL_KIND
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_a_window_of_an_unchanged_canvas_answers_like_a_full_pass(networks, texts, kind, cache):
     """Block by block: stored and fresh keys agree as long as no token changes, so a cached step is the exact one."""
@@ -236,7 +240,7 @@ def test_a_window_of_an_unchanged_canvas_answers_like_a_full_pass(networks, text
         assert_close(window[:, begin - start :], expected[:, begin:stop])
 
 
-@EVERY_KIND
+@EVERY_FULL_KIND
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_cached_sampling_is_exact_when_refreshed_and_asks_the_right_rows_when_not(
     networks, texts, kind, cache, monkeypatch

@@ -20,7 +20,7 @@ from dgrpo.models.families import FAMILIES
 from dgrpo.models.loading import family_of, quantization
 
 NUM_WORDS, V = published.NUM_WORDS, published.V
-KINDS = ["llada", "dream", "llada_moe", "a2d-qwen2", "a2d-qwen3", "a2d-llama"]
+KINDS = ["llada", "dream", "llada_moe", "sdar", "a2d-qwen2", "a2d-qwen3", "a2d-llama"]
 CAUSAL = ["qwen2", "qwen3", "llama"]
 IDS = torch.arange(20, 29)[None]
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
         load_model(folder)
     with pytest.raises(ValueError, match="takes causal checkpoints of qwen2, qwen3, llama"):
         load_model(folder, convert="bidirectional")
-    with pytest.raises(ValueError, match="the one conversion there is"):
+    with pytest.raises(ValueError, match="choose 'bidirectional' or 'block'"):
         load_model(folder, convert="causal")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
@@ -257,6 +257,44 @@ def test_a_converted_checkpoint_predicts_in_both_directions_and_loads_again(tmp_
     assert json.loads((tmp_path / "converted/config.json").read_text())["model_type"] == f"a2d-{kind}"
     with pytest.raises(ValueError, match="takes causal checkpoints"):
         load_model(tmp_path / "converted", convert="bidirectional")
+
+
+def test_the_block_length_comes_from_the_caller_the_config_the_name_or_the_family(tmp_path, caplog):
+    told = published.write_checkpoint(tmp_path / "told-b64", "sdar", block_size=8)
+    silent = {key: value for key, value in published.CONFIGS["sdar"].items() if key != "block_size"}
+    lengths = {}
+    for name in ("SDAR-b16", "SDAR", "TraDo-4B"):
+        folder = published.write_checkpoint(tmp_path / name, "sdar")
+        (folder / "config.json").write_text(json.dumps(silent))
+        lengths[name] = load_model(folder)[0].block_length
+    assert lengths == {"SDAR-b16": 16, "SDAR": 4, "TraDo-4B": 4}
+    assert load_model(told)[0].block_length == 8
+    assert "told-b64 attends in blocks of block_length=8 tokens" in caplog.text
+    model, tokenizer = load_model(told, block_length=2)
+    assert model.block_length == 2
+    model.save_pretrained(tmp_path / "saved-b64")
+    tokenizer.save_pretrained(tmp_path / "saved-b64")
+    assert load_model(tmp_path / "saved-b64")[0].block_length == 2
+    with pytest.raises(ValueError, match="block_length=0: must be a whole number of at least 1"):
+        load_model(told, block_length=0)
+    dream = published.write_checkpoint(tmp_path / "dream", "dream")
+    with pytest.raises(ValueError, match="block_length=4: in Dream every token sees every other one"):
+        load_model(dream, block_length=4)
+    assert load_model(dream)[0].block_length is None
+    with pytest.raises(ValueError, match="convert='block' needs a block_length"):
+        load_model(published.write_checkpoint(tmp_path / "qwen3", "qwen3"), convert="block")
+
+
+def test_a_converted_block_model_loads_again_with_its_block_length(tmp_path):
+    folder = published.write_checkpoint(tmp_path / "causal", "qwen3")
+    model, tokenizer = load_model(folder, convert="block", block_length=4)
+    model.save_pretrained(tmp_path / "converted")
+    tokenizer.save_pretrained(tmp_path / "converted")
+    again, _ = load_model(tmp_path / "converted")
+    assert (again.block_length, again.logit_shift) == (4, 1)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    longer, _ = load_model(tmp_path / "converted", block_length=8)
+    assert (longer(IDS).logits - model(IDS).logits).abs().max() > 1e-2
 
 
 def test_a_tied_head_that_is_stored_as_well_is_accepted(tmp_path):

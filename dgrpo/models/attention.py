@@ -35,8 +35,7 @@ def block_causal(num_queries: int, num_keys: int, block_length: int, padding: Te
     None where every query sees every key that is not padding: without padding that is known without a look at data.
     """
     if padding is not None:
-        # A pad has no block: it sees every token (its row needs a key, though nobody reads it), and none sees it.
-        blocks = (positions_of(padding) // block_length).masked_fill(~padding.bool(), num_keys)
+        blocks = positions_of(padding) // block_length
     elif (num_keys - num_queries) // block_length == (num_keys - 1) // block_length:
         return None
     else:
@@ -71,9 +70,13 @@ def attention_mask(
             )
         return padding
     tokens = None if padding is None else padding.bool()[:, None, :]
-    seen = tokens if visible is None else visible if tokens is None else visible & tokens
-    assert seen is not None
-    mask = seen[:, None]
+    if visible is None:
+        mask = tokens[:, None] if tokens is not None else None
+    else:
+        mask = visible if tokens is None else visible & tokens
+        # A pad may see no token at all. Nobody reads its output, but over no key it would not be a number.
+        mask = (mask | ~mask.any(-1, keepdim=True))[:, None]
+    assert mask is not None
     if implementation != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,7 +1,7 @@
-"""Causal networks of transformers, read in both directions: what Dream and converted checkpoints have in common.
+"""Causal networks of transformers, read in both directions or block by block: Dream, SDAR, converted checkpoints.
 
-Weights and their names stay those of the causal network. Only attention (every token sees every token that is not
-padding) and the head (a ScoringHead) differ.
+Weights and their names stay those of the causal network. Only who sees whom (see models/attention.py) and the head (a
+ScoringHead) differ.
 """
 
 from typing import Any
@@ -35,6 +35,8 @@ class BidirectionalReading(MaskPredictor):
         self.logit_shift = config.logit_shift
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
+            # What a checkpointed layer stores twice, `Clean` keeps once.
+            layer._can_checkpoint_with_cache = True
         self.set_output_embeddings(self.lm_head)
 
     @classmethod

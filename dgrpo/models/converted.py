@@ -1,4 +1,4 @@
-"""Causal checkpoints turned into mask predictors: Qwen2, Qwen3 and Llama read in both directions.
+"""Causal checkpoints turned into mask predictors: Qwen2, Qwen3 and Llama read in both directions, or block by block.
 
 As in DiffuLLaMA (arXiv:2410.17891) and Tiny-A2D, whose published `model_type`s ("a2d-qwen3", ...) are used, so that
 such checkpoints load here. A conversion predicts little until it is trained as a mask predictor (`recipes/sft.py`).
@@ -27,6 +27,8 @@ class ConvertedQwen2Config(Qwen2Config):
     is_causal: ClassVar[bool] = False
 
     mask_token_id: int | None = None
+    # None: every token sees every other one.
+    block_length: int | None = None
     # Tiny-A2D's checkpoints, which do not say, predict token i at position i.
     logit_shift: int = 0
     auto_map: dict = field(default_factory=dict)
@@ -37,6 +39,7 @@ class ConvertedQwen3Config(Qwen3Config):
     is_causal: ClassVar[bool] = False
 
     mask_token_id: int | None = None
+    block_length: int | None = None
     logit_shift: int = 0
     auto_map: dict = field(default_factory=dict)
 
@@ -46,6 +49,7 @@ class ConvertedLlamaConfig(LlamaConfig):
     is_causal: ClassVar[bool] = False
 
     mask_token_id: int | None = None
+    block_length: int | None = None
     logit_shift: int = 0
     auto_map: dict = field(default_factory=dict)
 
@@ -76,9 +80,7 @@ def add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
     model.config.mask_token_id = mask_id
     layers: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(len(layer.weight) <= mask_id for layer in layers):
-        raise ValueError(
-            "convert='bidirectional' needs whole weights, not ZeRO-3's parts: convert and save in one process."
-        )
+        raise ValueError("convert needs whole weights, not ZeRO-3's parts: convert and save in one process.")
     with torch.no_grad():
         for layer in layers:
             layer.weight[mask_id] = layer.weight[:mask_id].float().mean(0).to(layer.weight.dtype)

@@ -12,6 +12,7 @@ from dgrpo.models import converted
 from dgrpo.models.dream import DreamConfig, DreamModel
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from dgrpo.models.sdar import SDARConfig, SDARForCausalLM
 
 # Templates for copies whose tokenizer files lack one: that of LLaDA-8B-Instruct and Llama 3, Qwen's, LLaDA-MoE's.
 _HEADER_TEMPLATE = (
@@ -43,8 +44,9 @@ class Family:
     # Tokens that end a completion besides the tokenizer's EOS, where the vocabulary has them.
     end_tokens: tuple[str, ...] = ()
     mask_token: str = "<|mask|>"
-    # For checkpoints whose config.json does not tell.
+    # For checkpoints whose config.json does not tell. The block length: None for full attention.
     mask_token_id: int | None = None
+    block_length: int | None = None
     chat_template: str | None = None
     # `model_type`s of published config.json files besides the configuration's own, and a key that such a file must
     # have where families share a `model_type`.
@@ -93,6 +95,17 @@ FAMILIES: dict[str, Family] = {
         chat_template=_CHATML_TEMPLATE,
         published_as=("dream",),
         tokenizer_class=Qwen2Tokenizer,
+    ),
+    "sdar": Family(
+        name="SDAR",
+        config_class=SDARConfig,
+        model_class=SDARForCausalLM,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+        mask_token="<|MASK|>",
+        mask_token_id=151669,
+        block_length=4,
+        chat_template=_CHATML_TEMPLATE,
     ),
     "a2d-qwen2": Family(
         name="converted Qwen2",

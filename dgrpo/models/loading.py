@@ -1,6 +1,8 @@
 """From a checkpoint's name or folder to a mask predictor and its tokenizer."""
 
 import importlib.util
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from transformers.utils import cached_file
 
 from dgrpo.models.converted import add_mask_token
 from dgrpo.models.families import FAMILIES, Family
+
+_log = logging.getLogger(__name__)
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> dict:
@@ -45,7 +49,7 @@ def read_config(name_or_path: str, revision: str | None = None) -> dict:
 def family_of(name_or_path: str | Path, revision: str | None = None, *, convert: str | None = None) -> Family:
     """The family of a checkpoint, or ValueError that says what to do with another kind.
 
-    With `convert="bidirectional"`: the family that a causal checkpoint is converted into.
+    With `convert`: the family that a causal checkpoint is converted into.
     """
     return _family_of(read_config(str(name_or_path), revision), str(name_or_path), convert)
 
@@ -56,10 +60,10 @@ def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
     causal = {family.converts: family for family in FAMILIES.values() if family.converts}
     kinds = f"causal checkpoints of {', '.join(causal)}"
     if convert is not None:
-        if convert != "bidirectional":
-            raise ValueError(f"convert={convert!r}: the one conversion there is is 'bidirectional'.")
+        if convert not in ("bidirectional", "block"):
+            raise ValueError(f"convert={convert!r}: choose 'bidirectional' or 'block' (with a block_length).")
         if model_type not in causal:
-            raise ValueError(f"{known}: convert='bidirectional' takes {kinds}.")
+            raise ValueError(f"{known}: convert={convert!r} takes {kinds}.")
         return causal[model_type]
     for family in FAMILIES.values():
         if model_type in family.model_types and (family.marked_by is None or family.marked_by in raw):
@@ -68,7 +72,8 @@ def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
     if model_type in causal:
         remedy = (
             "This causal language model predicts the next token and cannot be denoised as it is; "
-            "convert='bidirectional' reads it in both directions with a mask token added, to be trained first."
+            "convert='bidirectional' reads it in both directions with a mask token added, convert='block' with a "
+            "block_length block by block; to be trained first."
         )
     raise ValueError(f"{known}, which is no masked diffusion model that dgrpo knows. {remedy}")
 
@@ -99,11 +104,37 @@ def _register() -> None:
 _register()
 
 
-def load_config(name_or_path: str, revision: str | None = None, *, convert: str | None = None) -> PreTrainedConfig:
+def _block_length(raw: dict, name_or_path: str, family: Family, stated: int | None, convert: str | None) -> int | None:
+    """Tokens in a block: as stated, by config.json, by the checkpoint's name (SDAR's `-b16`), or the family's own."""
+    if convert == "block" and stated is None:
+        raise ValueError("convert='block' needs a block_length: 1 is the causal model itself, 4 to 32 are common.")
+    if family.block_length is None and convert != "block" and raw.get("block_length") is None:
+        if stated is not None:
+            raise ValueError(
+                f"block_length={stated}: in {family.name} every token sees every other one; leave it out. Blocks of "
+                "the sampler are set in its configuration."
+            )
+        return None
+    if convert == "bidirectional":
+        return None
+    named = re.search(r"-b(\d+)(?:$|[-/])", name_or_path)
+    told = [stated, *(raw.get(key) for key in ("block_length", "block_size", "bd_size")), named and int(named[1])]
+    length = next((each for each in [*told, family.block_length] if each is not None), None)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"block_length={length!r}: must be a whole number of at least 1.")
+    return length
+
+
+def load_config(
+    name_or_path: str, revision: str | None = None, *, convert: str | None = None, block_length: int | None = None
+) -> PreTrainedConfig:
     """The checkpoint's configuration as its family's own class."""
     raw = read_config(name_or_path, revision)
     family = _family_of(raw, name_or_path, convert)
     raw.pop("model_type")
+    raw["block_length"] = _block_length(raw, name_or_path, family, block_length, convert)
+    if raw["block_length"] is None:
+        del raw["block_length"]
     if convert is not None:
         # A causal checkpoint's position i predicts token i + 1, and keeps doing so.
         raw["logit_shift"] = 1
@@ -215,23 +246,34 @@ def load_model(
     adapter: str | None = None,
     revision: str | None = None,
     convert: str | None = None,
+    block_length: int | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The pretrained mask predictor and its tokenizer; `tokenizer.mask_token_id` is always set.
+    """The pretrained mask predictor and its tokenizer; `tokenizer.mask_token_id` is always set. No remote code runs.
 
-    name_or_path: a hub name or a folder in the family's published layout. Every weight must be accounted for:
-    ValueError lists missing and unexpected ones. No remote code runs.
-    dtype: of the weights; "auto" keeps what config.json says.
-    load_in_4bit, load_in_8bit: by bitsandbytes; or any `quantization_config` of transformers. The head stays as it is.
-    adapter: a trained PEFT adapter to put on top, still trainable.
-    convert: "bidirectional" takes a causal Qwen2, Qwen3 or Llama checkpoint, reads it in both directions and adds a
-    mask token. Saved with its tokenizer, the result loads again without this.
+    Args:
+        name_or_path: a hub name or a folder in the family's published layout.
+        dtype: of the weights; "auto" keeps what config.json says.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2" (not with blocks).
+        load_in_4bit: by bitsandbytes, as QLoRA does; the head stays as it is.
+        load_in_8bit: the same with 8 bits.
+        quantization_config: any other one of transformers.
+        adapter: a trained PEFT adapter to put on top, still trainable.
+        revision: of a hub model.
+        convert: "bidirectional" takes a causal Qwen2, Qwen3 or Llama checkpoint, reads it in both directions and adds
+            a mask token; "block" does so block by block. Saved with its tokenizer, it loads again without this.
+        block_length: tokens in a block of a model that attends block by block (SDAR, ...). Weights of all block
+            lengths have equal shapes, so a wrong one runs and writes nonsense: it is printed, and saved with the
+            model. By default what config.json or the name says, or the family's own.
+
+    Raises:
+        ValueError: lists every missing and unexpected weight; or says what to do with another kind of checkpoint.
     """
     name_or_path = str(name_or_path)
     if adapter is not None:
         adapter_settings(adapter)  # before the time that loading a model takes
     quantization_config = quantization(load_in_4bit, load_in_8bit, quantization_config, dtype)
     family = family_of(name_or_path, revision, convert=convert)
-    config = load_config(name_or_path, revision, convert=convert)
+    config = load_config(name_or_path, revision, convert=convert, block_length=block_length)
     tokenizer = load_tokenizer(name_or_path, family, config, revision)
     if convert is None:
         set_mask_token(tokenizer, family, config, read_config(name_or_path, revision).get("mask_token_id"))
@@ -251,6 +293,9 @@ def load_model(
         raise ValueError(
             f"model_name_or_path={name_or_path!r}: weights do not match the {family.name} network: {problems}."
         )
+    if model.block_length is not None:
+        # Not a matter of course: another block length would load as well.
+        _log.warning("%s attends in blocks of block_length=%d tokens", name_or_path, model.block_length)
     if convert is not None:
         add_mask_token(model, tokenizer, family.mask_token)
     vocabulary = tokenizer.get_vocab()

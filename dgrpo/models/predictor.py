@@ -6,7 +6,7 @@ there; families whose logits are shifted by one (Dream) read the hidden state of
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
-from dgrpo.models import attention
+from dgrpo.models import attention, blocks
 from dgrpo.models.head import Scores, ScoringHead
 
 EVERYWHERE = slice(None)
@@ -30,6 +30,11 @@ class ScoringPass(NamedTuple):
     targets: Tensor  # [T]
     columns: slice = EVERYWHERE  # of L, where all the asked positions are
     reference: Tensor | None = None  # [Q, d] the reference model's hidden states at the positions
+    # Of models that attend block by block: [U, N, C], N noisy copies of the last C columns of the clean texts
+    # `input_ids`. The positions are then flat indices into the copies (see models/blocks.py).
+    copies: Tensor | None = None
+    chunk: int = 32  # columns of the copies that go through the network together
+    recompute: bool = False  # keep the activations of one chunk at a time, for one more forward pass of each
 
 
 def _refuse_generate(*args, **kwargs):
@@ -46,6 +51,11 @@ class MaskPredictor:
 
     logit_shift = 0
     network: Callable[..., Tensor]
+
+    @property
+    def block_length(self) -> int | None:
+        """Tokens in a block of a model that attends block by block; None where every token sees every other."""
+        return getattr(self.config, "block_length", None)
 
     def __init__(self, config, *args, **kwargs):
         attention = config._attn_implementation or "sdpa"
@@ -71,6 +81,7 @@ class MaskPredictor:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        visible: Tensor | None = None,
         positions: Tensor | None = None,
         columns: slice = EVERYWHERE,
         passes: list[ScoringPass] | None = None,
@@ -95,12 +106,12 @@ class MaskPredictor:
             return [checkpoint(self._score, each, temperature, entropy_grad, use_reentrant=False) for each in passes]
         head = self.get_output_embeddings()
         if positions is None:
-            hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values)
+            hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, visible)
             if self.logit_shift:
                 hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
             return MaskedLMOutput(logits=head(hidden))
         assert input_ids is not None
-        return head(self._rows(positions, columns, input_ids, attention_mask, position_ids, past_key_values))
+        return head(self._rows(positions, columns, input_ids, attention_mask, position_ids, past_key_values, visible))
 
     def hidden_states(
         self,
@@ -108,14 +119,33 @@ class MaskPredictor:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        visible: Tensor | None = None,
         columns: slice = EVERYWHERE,
     ) -> Tensor:
-        """Hidden states after the final norm at `columns` of L; `attention_mask` [B, K] is False on padding."""
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        config: Any = self.config
+        """Hidden states [B, n, d] after the final norm at `columns` of the L tokens `input_ids` [B, L].
+
+        Args:
+            attention_mask: [B, K], False on padding, of the stored tokens and these.
+            position_ids: [B or 1, L]; by default the columns, or the distance from the first token that is no pad
+                where attention is block by block.
+            past_key_values: keys and values of tokens before these (BlockPast, Clean), or around them (WindowCache).
+            visible: [B or 1, L, K] bool, who sees whom apart from padding; by default what the family's attention
+                says, with these tokens the last of K.
+        """
+        config, length = self.config, input_ids.shape[1]
+        if self.block_length is not None:
+            stored = 0 if past_key_values is None else past_key_values.length
+            if visible is None:
+                sizes = (length, stored + length, self.block_length)
+                visible = attention.block_causal(*sizes, attention_mask, input_ids.device)
+            if position_ids is None and attention_mask is not None:
+                position_ids = attention.positions_of(attention_mask)[:, -length:]
+            elif position_ids is None:
+                position_ids = torch.arange(stored, stored + length, device=input_ids.device)[None]
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=input_ids.device)[None]
         dtype = self.get_input_embeddings().weight.dtype
-        mask = attention.attention_mask(attention_mask, None, config._attn_implementation, dtype)
+        mask = attention.attention_mask(attention_mask, visible, config._attn_implementation, dtype)
         return self.network(input_ids, mask, position_ids, past_key_values, columns)
 
     def _rows(self, positions: Tensor, columns: slice, input_ids: Tensor, *context) -> Tensor:
@@ -134,4 +164,6 @@ class MaskPredictor:
         return head(rows, asked.target_index, asked.targets, temperature, entropy_grad, asked.reference)
 
     def _asked_rows(self, asked: ScoringPass) -> Tensor:
+        if asked.copies is not None:
+            return blocks.copies_hidden_states(self, asked)
         return self._rows(asked.positions, asked.columns, asked.input_ids, asked.attention_mask)
