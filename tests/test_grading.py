@@ -15,51 +15,46 @@ from dgrpo.evaluation.interval import wilson_interval
 from dgrpo.evaluation.stored import generation_sets, grade, grade_files, grade_setups, infer_task, setup_name
 from dgrpo.tasks import TASKS
 
-DATA = Path(__file__).parents[2] / "shared/data/d1"
-GRADED = DATA / "graded_by_d1_at_128.json"
-stored = pytest.mark.skipif(not GRADED.is_file(), reason="d1's generations are not beside the project")
+DATA = Path(__file__).parent / "data/d1"
 
 
 def shards(task):
-    return sorted((DATA / "llada_8b_instruct_generations").glob(f"{task}_*_generations.json"))
+    return sorted(DATA.glob(f"{task}_*_generations.json"))
 
 
 def item(text, gold, question="Numbers: [1, 5, 2]\nTarget: 3"):
     return {"question": question, "generations": text, "ground_truth": gold}
 
 
-@stored
 @pytest.mark.parametrize(
-    ("task", "n", "percent"),
-    [("gsm8k", 1130, 69.29), ("math500", 500, 26.00), ("countdown", 256, 20.70), ("sudoku", 256, 11.72)],
+    ("task", "n", "right", "possible"),
+    [("gsm8k", 114, 81, 114), ("math500", 114, 25, 114), ("countdown", 72, 16, 72), ("sudoku", 65, 59, 520)],
 )
-def test_d1_accuracy_of_llada_8b_instruct(task, n, percent):
+def test_d1_accuracy_of_llada_8b_instruct(task, n, right, possible):
     report = grade_files(shards(task), protocol="d1")
     assert (report.task, report.n, report.skipped) == (task, n, 0)
-    assert round(100 * report.accuracy, 2) == percent
+    assert (report.correct, report.accuracy) == (right, right / possible)
     low, high = report.interval
     assert low < report.accuracy < high
     assert len(report.items) == n
 
 
-@stored
 def test_item_for_item_as_d1s_parser():
-    for name, expected in json.loads(GRADED.read_text()).items():
-        items = grade_files([DATA / "llada_8b_instruct_generations" / name], protocol="d1").items
+    for name, expected in json.loads((DATA / "graded_by_d1_at_128.json").read_text()).items():
+        items = grade_files([DATA / name], protocol="d1").items
         if name.startswith("sudoku"):
             assert [[graded.right, graded.possible] for graded in items] == expected
         else:
             assert [graded.right for graded in items] == expected
 
 
-@stored
 @pytest.mark.parametrize(
     ("task", "n", "correct"),
     [
-        ("gsm8k", 1130, 574),
-        pytest.param("math500", 500, 123, marks=pytest.mark.slow),
-        ("countdown", 256, 47),
-        ("sudoku", 256, 1),
+        ("gsm8k", 114, 58),
+        pytest.param("math500", 114, 35, marks=pytest.mark.slow),
+        ("countdown", 72, 10),
+        ("sudoku", 65, 1),
     ],
 )
 def test_strict_accuracy_of_llada_8b_instruct(task, n, correct):

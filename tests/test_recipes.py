@@ -18,7 +18,7 @@ from dgrpo.run.settings import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "gsm8k.py"
-DATA = ROOT.parent / "shared" / "data"
+DATA = ROOT / "tests/data"
 
 
 def launch(command: list[str], timeout: int = 900) -> str:
@@ -180,9 +180,8 @@ def llada_folder(folder: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason="GSM8K's files are not beside this checkout")
 def test_real_questions_of_different_lengths_train_a_llada_checkpoint(tmp_path):
-    questions = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text().splitlines()[:300]]
+    questions = [json.loads(line) for line in (DATA / "gsm8k/train.jsonl").read_text().splitlines()]
     folder = llada_folder(tmp_path / "llada", [row["question"] + row["answer"] for row in questions])
     sizes = ["--max_completion_length", "32", "--block_length", "16", "--diffusion_steps", "16"]
     batch = ["--per_device_train_batch_size", "16", "--num_generations", "4", "--num_train_problems", "200"]

@@ -13,8 +13,7 @@ from dgrpo.tasks import EMBEDDED, TASKS, Task, code, countdown, gsm8k, load_rows
 from dgrpo.tiny import sudoku as grids
 from rewards.sudoku import is_solved
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="the real files are not beside this checkout")
+DATA = Path(__file__).parent / "data"
 ROWS = [{"question": f"How much is {i}+1?", "answer": f"{i}+1={i + 1}\n#### {i + 1:,}"} for i in range(990, 1010)]
 
 NINE = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
@@ -325,7 +324,6 @@ def test_countdown_s_hub_rows_of_four_numbers_are_left_out_and_those_of_a_file_a
     assert {len(numbers) for numbers in train["numbers"]} == {3}
 
 
-@needs_data
 def test_real_gsm8k_files_load():
     train, held_out = load_rows(
         gsm8k.TASK, str(DATA / "gsm8k/train.jsonl"), str(DATA / "gsm8k/test.jsonl"), num_train=100, num_held_out=50
@@ -334,7 +332,6 @@ def test_real_gsm8k_files_load():
     assert train[0]["answer"] == "72"
 
 
-@needs_data
 def test_d1_s_sudoku_file_is_read_and_split_by_solution():
     path = str(DATA / "d1/4x4_test_sudoku.csv")
     train, held_out = load_rows(sudoku.TASK, path)
@@ -349,7 +346,6 @@ def test_d1_s_sudoku_file_is_read_and_split_by_solution():
     assert sudoku.TASK.grade(prompts=[], completions=golds, puzzle=held_out["puzzle"]) == [1.0] * 500
 
 
-@needs_data
 def test_d1_s_countdown_file_is_read_and_shares_no_problem_with_training():
     path = str(DATA / "d1/countdown_cd3_test.jsonl")
     train, held_out = load_rows(countdown.TASK, path, num_held_out=56)

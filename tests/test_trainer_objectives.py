@@ -64,7 +64,8 @@ def test_micro_batches_times_accumulation_does_not_matter(run_of, tiny_llada, ob
         run = run_of(objective, own_model=tiny_llada(), stop_at_eos=False, **settings)
         run.train()
         weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
-    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+        # Adam divides by the size of a gradient, its rounding included.
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
