@@ -68,6 +68,7 @@ def fabricate_run(
                 "reward_std": 0.4,
                 "rewards/correctness_reward/mean": correct,
                 "rewards/format_reward/mean": formatted,
+                "time/evaluation": 3.0 if step % (steps // 4) == 0 else "",
                 "eval_accuracy": skill if step % (steps // 4) == 0 else "",
                 "kl": 0.002 * step * rng.uniform(0.8, 1.2),
                 "entropy": 1.2 - 0.6 * step / steps + rng.gauss(0, 0.02),
@@ -75,7 +76,7 @@ def fabricate_run(
                 "clip_ratio/low_mean": 0.01 * rng.random() if step % 4 else 0.0,
                 "clip_ratio/high_mean": 0.02 * rng.random() if step % 4 else 0.0,
                 "completions/mean_length": 90 + 60 * skill + rng.gauss(0, 4),
-                "frac_reward_zero_std": min(1.0, max(0.0, skill - 0.4 + rng.gauss(0, 0.08))),
+                "frac_reward_zero_std": min(1.0, max(0.0, skill - 0.4 + rng.gauss(0, 0.05))),
                 "time/rollout": 6.1 * rng.uniform(0.9, 1.3) if step % 4 == 1 else "",
                 "time/rewards": 0.08 if step % 4 == 1 else "",
                 "time/scoring": 1.4 * rng.uniform(0.9, 1.1) if step % 4 == 1 else "",
@@ -96,6 +97,7 @@ def fabricate_run(
         "seed": seed,
         "before": {"accuracy": 0.45 + seed / 100, "n": 512, "interval": [0.407, 0.493]},
         "after": {"accuracy": 0.89 - seed / 100, "n": 512, "interval": [0.86, 0.914]},
+        "flips": {"gained": 240, "lost": 15},
         "steps": steps,
         "wall_seconds": 147.2 + seed,
         "cpu_seconds": 251.8,
@@ -105,7 +107,8 @@ def fabricate_run(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "config.yaml").write_text(
-        f"model_name_or_path: tiny-llada\nreward_funcs: [correctness_reward, format_reward]\nbeta: {beta}\n"
+        "model_name_or_path: tiny-llada\ndataset: embedded\n"
+        f"reward_funcs: [correctness_reward, format_reward]\nbeta: {beta}\n"
         f"seed: {seed}\noutput_dir: {folder}\nlearning_rate: 0.0001\nlora:\n  r: 16\n"
     )
     samples = [
@@ -114,6 +117,8 @@ def fabricate_run(
             "gold": "20",
             "before": HACKED.format(answer=19),
             "after": completion_of(20, True, True, words),
+            "before_right": k == 0,
+            "after_right": True,
         }
         for k in range(6)
     ]

@@ -1,6 +1,8 @@
 """The report of a run: what it reads from the folder, and what it makes of it."""
 
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -13,7 +15,9 @@ from dgrpo.report.data import (
     charts,
     common_beginning,
     completion_table,
+    constants,
     cut_texts,
+    flips_in_words,
     other_charts,
     report_data,
     samples,
@@ -23,8 +27,9 @@ from dgrpo.report.data import (
     write_curves,
     write_report,
 )
+from dgrpo.report.metrics import METRICS, metric_of, metrics_reference, warnings
 from dgrpo.report.run_folder import Completion, message_text, read_completions, read_metrics, read_summary
-from dgrpo.report.selections import best, evenly_spaced, most_changed, paid_without_format, worst
+from dgrpo.report.selections import best, evenly_spaced, groups, most_changed, paid_without_format, worst
 from dgrpo.text import duration
 
 
@@ -93,7 +98,7 @@ def test_half_written_files_are_left_out_and_named(tmp_path):
 def test_empty_and_missing_folders(tmp_path):
     data = report_data(tmp_path)
     assert data["charts"] == data["more"] == data["tiles"] == data["time"]["phases"] == []
-    assert [view["rows"] for view in data["completions"]["views"]] == [[]] * 5
+    assert data["completions"]["views"] == []
     assert write_report(tmp_path).read_text().startswith("<!doctype html>")
     assert write_curves(tmp_path).stat().st_size > 1000
     with pytest.raises(ValueError, match="nowhere"):
@@ -178,10 +183,81 @@ def test_an_update_that_is_not_timed_is_the_rest_of_the_step():
 
 def test_every_metric_is_shown_once(run_dir):
     metrics = read_metrics(run_dir)
-    shown = [chart["title"] for chart in charts(metrics)]
-    assert shown[:4] == ["Reward", "Reward by function", "Held-out accuracy", "KL to the reference"]
-    assert [one["name"] for one in charts(metrics)[1]["series"]] == ["correctness_reward", "format_reward"]
-    assert [chart["title"] for chart in other_charts(metrics)] == ["grad_norm", "learning_rate", "loss", "reward_std"]
+    drawn = charts(metrics)
+    assert [chart["title"] for chart in drawn][:3] == ["Reward and held-out accuracy", "Reward", "Reward by function"]
+    assert [(one["name"], one["right"]) for one in drawn[0]["series"]] == [
+        ("reward", False),
+        ("held-out accuracy", True),
+    ]
+    assert [one["name"] for one in drawn[2]["series"]] == ["correctness_reward", "format_reward"]
+    assert [chart["title"] for chart in other_charts(metrics)] == ["grad_norm", "learning_rate", "loss"]
+    assert constants(metrics) == "reward_std 0.4"
+
+
+def test_what_is_zero_throughout_is_not_drawn():
+    metrics = {"reward": [(1, 0.0), (2, 1.0)], "clip_ratio/region_mean": [(1, 0.0), (2, 0.0)], "kl": [(1, 0.1)]}
+    assert [chart["title"] for chart in charts(metrics)] == ["Reward", "KL to the reference"]
+    assert other_charts(metrics) == []
+    assert constants(metrics) == "clip_ratio/region_mean 0"
+
+
+def test_warnings_say_what_went_wrong(run_dir):
+    healthy = report_data(run_dir)
+    assert healthy["notes"] == []
+    assert healthy["subtitle"].startswith(
+        "method one_step + grpo, rate 0.0001, data embedded, model tiny-llada, seed 0"
+    )
+    assert warnings({}, {"steps": 0}, {}) == ["Nothing was trained: the run made no update."]
+    assert warnings({}, {"steps": 3}, {"max_steps": 9}) == ["The run ended after 3 of 9 updates."]
+    [none] = warnings({"grad_norm": [(1, 0.0), (2, 0.0)]}, {}, {})
+    assert none.startswith("Nothing was learned")
+    [flat] = warnings({"frac_reward_zero_std": [(step, float(step > 5)) for step in range(8)]}, {}, {})
+    assert "frac_reward_zero_std is 1 (healthy: well below 1)" in flat
+    assert warnings({"frac_reward_zero_std": [(step, float(step < 5)) for step in range(8)]}, {}, {}) == []
+    [broken] = warnings({"rewards/mine/errors": [(1, 2.0), *((step, 0.0) for step in range(2, 40))]}, {}, {})
+    assert broken.startswith("rewards/mine/errors is 2")
+    # A fall that was made good later is told too.
+    rewards = [1.0] * 12 + [0.1] * 12 + [1.0] * 12
+    [fell] = warnings({"reward": list(enumerate(rewards))}, {}, {"collapse_window": 4})
+    assert fell.startswith("Collapse: the reward fell from 1 to")
+
+
+def test_every_logged_column_is_in_the_list_of_metrics(run_dir):
+    assert [name for name in read_metrics(run_dir) if metric_of(name) is None] == []
+    assert metric_of("rewards/mine/mean").meaning.startswith("mean of one reward function")
+    assert metric_of("never_logged") is None
+    table = metrics_reference().splitlines()
+    assert len(table) == 2 + len(METRICS)
+    assert {line.count("|") for line in table} == {4}
+
+
+def test_report_needs_neither_torch_nor_transformers():
+    code = "import sys, dgrpo.report; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
+
+
+def test_groups_are_whole_and_have_spread():
+    logged = [
+        completion(step, prompt, f"{k}", correct=float(k == step))
+        for step in (1, 2)
+        for prompt in "ab"
+        for k in range(3)
+    ]
+    logged += [completion(3, "flat", f"{k}") for k in range(3)]
+    rows = [row[0] for row in groups(logged, 6)]
+    assert [(c.step, c.prompt) for c in rows] == [(1, "a")] * 3 + [(2, "b")] * 3
+    assert [c.total for c in rows[:3]] == [1.0, 0.0, 0.0]
+    assert {c.prompt for c, *_ in groups(logged[-3:], 6)} == {"flat"}
+    assert groups([completion(1, "alone")], 6) == []
+
+
+def test_changed_problems_come_first(run_dir):
+    marked = [{"prompt": str(k), "before_right": False, "after_right": k == 2} for k in range(3)]
+    assert [item["prompt"] for item in samples(marked)] == ["2", "0", "1"]
+    assert samples(marked)[0]["after_right"] is True
+    assert flips_in_words({"flips": {"gained": 5, "lost": 2}}).startswith("5 problems")
+    assert flips_in_words({}) == ""
 
 
 def test_accuracy_before_and_after_are_ends_of_the_curve():

@@ -53,17 +53,17 @@ def test_page_opens_without_errors_and_draws_its_charts(chromium, page):
         titles = chromium.evaluate(
             "[...document.querySelectorAll('#charts h3 span:first-child')].map(t => t.textContent)"
         )
-        assert titles[0] == "Reward"
+        assert titles[:2] == ["Reward and held-out accuracy", "Reward"]
         assert titles[-1] == "Seconds per step"
-        assert len(titles) == 10
+        assert len(titles) == 11
         paths = chromium.evaluate(
             "[...document.querySelectorAll('#charts .curve')].map(path => path.getAttribute('d'))"
         )
-        assert len(paths) == 12
+        assert len(paths) == 14
         assert all(path.count("L") >= 4 and "NaN" not in path for path in paths)
         sizes = chromium.evaluate("[...document.querySelectorAll('#charts .curve')].map(path => path.getBBox().width)")
         assert min(sizes) > 150
-        assert chromium.evaluate("document.querySelectorAll('#charts rect').length") == 4 * 40
+        assert chromium.evaluate("document.querySelectorAll('#charts rect').length") == 5 * 40
     assert grounds[0] != grounds[1]
 
 
@@ -85,7 +85,7 @@ def test_other_metrics_are_drawn_when_opened(chromium, page):
     assert chromium.evaluate("document.querySelectorAll('#more svg').length") == 0
     chromium.evaluate("document.querySelector('#more-metrics summary').click()")
     chromium.evaluate("new Promise(done => setTimeout(done, 100))")
-    assert chromium.evaluate("document.querySelectorAll('#more .curve').length") == 4
+    assert chromium.evaluate("document.querySelectorAll('#more .curve').length") == 3
     assert chromium.problems == []
 
 
@@ -93,8 +93,9 @@ def test_pointing_at_a_chart_tells_its_values(chromium, page, run_dir):
     chromium.open(page)
     box = "(box => [box.right - 8, box.top + 50])(document.querySelector('#charts svg').getBoundingClientRect())"
     chromium.move_mouse(*chromium.evaluate(box))
-    last = read_metrics(run_dir)["reward"][-1][1]
-    assert chromium.evaluate("document.getElementById('tip').textContent") == f"step 40reward{float(f'{last:.3g}'):g}"
+    reward, accuracy = (read_metrics(run_dir)[name][-1][1] for name in ("reward", "eval_accuracy"))
+    told = chromium.evaluate("document.getElementById('tip').textContent")
+    assert told.startswith(f"step 40reward{float(f'{reward:.3g}'):g}held-out accuracy")
 
 
 def test_table_filters_sorts_and_opens(chromium, page):
@@ -127,15 +128,20 @@ def test_table_filters_sorts_and_opens(chromium, page):
 def test_views_show_the_completions_they_name(chromium, page):
     chromium.open(page)
     choose(chromium, 1)
+    # A group names its prompt once, and shows all of its advantages.
+    prompts, advantages = column(chromium, "prompt"), column(chromium, "advantage")
+    assert [bool(text) for text in prompts[:9]] == [True] + [False] * 7 + [True]
+    assert all(advantages)
+    choose(chromium, 2)
     totals = [float(text) for text in column(chromium, "total")]
     assert totals[0] == 2.0
     assert totals == sorted(totals, reverse=True)
-    choose(chromium, 2)
-    assert column(chromium, "total")[0] == "0.00"
     choose(chromium, 3)
+    assert column(chromium, "total")[0] == "0.00"
+    choose(chromium, 4)
     changes = [abs(float(text)) for text in column(chromium, "change")]
     assert changes == sorted(changes, reverse=True)
-    choose(chromium, 4)
+    choose(chromium, 5)
     assert set(column(chromium, "format")) == {"0.00"}
     assert column(chromium, "correctness")[0] == "1.00"
     assert all("because I looked it up" in text for text in column(chromium, "completion"))
@@ -152,7 +158,7 @@ def test_what_a_model_writes_is_shown_as_text(chromium, tmp_path):
         json.dumps([{"prompt": hostile, "gold": "1", "before": hostile, "after": hostile}])
     )
     chromium.open(write_report(run))
-    choose(chromium, 1)
+    choose(chromium, 2)
     shown = hostile.replace("\x1b", "\ufffd")
     assert column(chromium, "completion")[0] == shown
     assert chromium.evaluate("document.querySelector('.sample p').textContent") == shown
@@ -160,10 +166,17 @@ def test_what_a_model_writes_is_shown_as_text(chromium, tmp_path):
     assert chromium.problems == []
 
 
+def test_marks_and_flips_are_shown(chromium, page):
+    chromium.open(page)
+    marks = chromium.evaluate("[...document.querySelectorAll('.sample .mark')].map(mark => mark.textContent.slice(2))")
+    assert marks == ["wrong", "right"] * 5 + ["right", "right"]
+    assert chromium.evaluate("document.getElementById('flips').textContent").startswith("240 problems")
+
+
 def test_page_of_an_empty_run_opens(chromium, tmp_path):
     chromium.open(write_report(tmp_path))
     assert chromium.evaluate("document.getElementById('charts').textContent") == "No metrics yet."
-    assert chromium.evaluate("document.getElementById('none').textContent") == "Nothing to show in this view yet."
+    assert chromium.evaluate("document.getElementById('completions').hidden")
     assert chromium.problems == []
 
 

@@ -90,6 +90,11 @@ class Evaluation:
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
 
+    def flips(self, later: "Evaluation") -> dict[str, int]:
+        """How many of the same problems went from wrong to right, and from right to wrong, in a later evaluation."""
+        pairs = list(zip(self.correct, later.correct, strict=True))
+        return {"gained": pairs.count((False, True)), "lost": pairs.count((True, False))}
+
     def summary(self) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy,

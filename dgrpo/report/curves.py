@@ -3,18 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dgrpo.report.run_folder import Metrics
+from dgrpo.report.metrics import CHARTS, Metrics, columns_of
 
-# Column of metrics.csv, title, and whether it is a share.
-PANELS = (
-    ("reward", "Reward", False),
-    ("eval_accuracy", "Held-out accuracy", True),
-    ("kl", "KL to the reference", False),
-    ("clip_ratio/region_mean", "Clip ratio", True),
-)
+# matplotlib is imported where it draws: reading a run and writing its page do without.
+
 COLOURS = ("#2a78d6", "#eb6834", "#139a68", "#8a5cd0", "#c98a00", "#d6457f", "#5d7d1a", "#6b7280")
 INK, MUTED, GRID = "#1b1b1a", "#5d5c58", "#e2e1dc"
 
@@ -43,27 +36,46 @@ def band(runs: list[Metrics], name: str) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty((0, 0))
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])
+    if len(curves) > 1 and len(steps) < min(map(len, curves)) // 2:
+        # Tokens and seconds: no two runs are measured at the same ones, so each curve is read between its own points.
+        low, high = max(min(curve) for curve in curves), min(max(curve) for curve in curves)
+        steps = list(np.linspace(low, high, max(map(len, curves))))
+        values = np.array([np.interp(steps, list(curve), list(curve.values())) for curve in curves])
     width = len(steps) // 25
     if width > 1:
         values = np.array([moving_mean(row, width) for row in values])
     return np.array(steps), values
 
 
-def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]]) -> Path:
+def draw_curves(path: str | Path, kinds: dict[str, list[Metrics]], x_label: str = "updates") -> Path:
     """Draw a panel per metric: for each kind of run the mean over its runs, and the range from lowest to highest.
 
-    kinds: the runs of each kind by its name in the legend; an empty name is not shown.
+    Args:
+        kinds: the runs of each kind by its name in the legend; an empty name is not shown.
+        x_label: what the steps of these metrics count.
     """
+    from matplotlib.figure import Figure
+
+    # The first column of each chart; a chart that no run has anything but zeros for is no panel.
+    first = [(chart, next(iter(chart.series))) for chart in CHARTS if chart.in_image]
+    panels = [
+        (chart, name)
+        for chart, name in first
+        if any(name in columns_of(chart, run) for runs in kinds.values() for run in runs)
+    ]
+    panels = panels or first[:1]
+    num_rows = -(-len(panels) // 2)
     legend_rows = -(-len(kinds) // 2) if any(kinds) else 0
-    figure = Figure(figsize=(10.4, 5.8 + 0.28 * legend_rows), facecolor="white")
+    figure = Figure(figsize=(10.4, 2.9 * num_rows + 0.28 * legend_rows), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
-    axes = figure.subplots(2, 2)
-    for axis, (name, title, is_share) in zip(axes.flat, PANELS, strict=True):
+    axes = figure.subplots(num_rows, min(2, len(panels)), squeeze=False)
+    for axis, (chart, name) in zip(axes.flat, panels, strict=False):
         for number, (kind, runs) in enumerate(kinds.items()):
             _draw_kind(axis, runs, name, kind, COLOURS[number % len(COLOURS)])
-        _dress_panel(axis, title, is_share)
-    for axis in axes[-1]:
-        axis.set_xlabel("step", fontsize=9, color=MUTED, loc="right")
+        _dress_panel(axis, chart.title, chart.unit.startswith("%"))
+        axis.set_xlabel(x_label, fontsize=9, color=MUTED, loc="right")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines() if line.get_label() in kinds}
     if any(lines):
         figure.legend(
@@ -99,6 +111,8 @@ def dress(axis, title: str, grid: str = "y") -> None:
 
 
 def _dress_panel(axis, title: str, is_share: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     dress(axis, title)
     if not axis.has_data():
         axis.set(xticks=[], yticks=[])

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from dgrpo.report import selections
 from dgrpo.report.curves import draw_curves, with_summary_accuracy
+from dgrpo.report.metrics import CHARTS, PHASES, Chart, Metrics, columns_of, warnings
 from dgrpo.report.page import write_page
 from dgrpo.report.run_folder import (
     Completion,
-    Metrics,
     message_text,
+    method_of,
     read_completions,
     read_config,
     read_json,
@@ -22,27 +23,7 @@ MAX_POINTS = 600  # of a curve; more are averaged
 MAX_SPREAD_ROWS, MAX_ROWS = 240, 60  # of the view over the whole run, and of each other view
 MAX_TEXT_BYTES = 3_000_000  # of all prompts and completions together
 MAX_SAMPLES = 24
-PHASES = ("rollout", "rewards", "scoring", "update")
-
-# Title, its unit or explanation, and the columns of metrics.csv with their names in the legend.
-CHARTS = (
-    ("Reward", "mean of the batch", {"reward": "reward"}),
-    (
-        "Held-out accuracy",
-        "% of problems",
-        {"eval_accuracy": "right", "eval_reasons": "in the format, with reasoning"},
-    ),
-    ("KL to the reference", "per token", {"kl": "KL"}),
-    (
-        "Clip ratio",
-        "% of tokens",
-        {"clip_ratio/region_mean": "clipped", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
-    ),
-    ("Entropy", "nats per token", {"entropy": "entropy"}),
-    ("Completion length", "tokens", {"completions/mean_length": "mean"}),
-    ("Groups without spread", "% of groups, their rewards all equal", {"frac_reward_zero_std": "groups"}),
-    ("Throughput", "completion tokens per second", {"tokens_per_second": "tokens/s"}),
-)
+GROUPS = "Groups"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -68,23 +49,28 @@ def report_data(run_dir: Path) -> dict:
     completions, unreadable = read_completions(run_dir)
     task, seed = (summary.get(key, config.get(key)) for key in ("task", "seed"))
     model = summary.get("model", config.get("model_name_or_path"))
-    notes = [f"{name} cannot be read and is left out." for name in unreadable]
+    rate, rows = config.get("learning_rate"), config.get("dataset")
+    header = {
+        "method": method_of(config, summary) if config or summary else None,
+        "rate": None if rate is None else f"{rate:g}" if isinstance(rate, float) else rate,
+        "data": rows,
+        "model": model,
+        "seed": seed,
+        "folder": run_dir.resolve().name,
+    }
+    notes = warnings(metrics, summary, config) + [f"{name} cannot be read and is left out." for name in unreadable]
     if not summary.get("after"):
         notes.append("The run has not ended, or has not written its summary: this is what it has logged so far.")
     return {
         "title": printable(" ".join(str(part) for part in (task or run_dir.resolve().name, "run report"))),
-        "subtitle": printable(
-            ", ".join(
-                f"{key} {value}"
-                for key, value in (("model", model), ("seed", seed), ("folder", run_dir.resolve().name))
-                if value is not None
-            )
-        ),
+        "subtitle": printable(", ".join(f"{key} {value}" for key, value in header.items() if value is not None)),
         "notes": notes,
         "tiles": tiles(summary, metrics),
         "charts": charts(metrics),
         "time": time_split(metrics),
         "more": other_charts(metrics),
+        "constants": constants(metrics),
+        "flips": flips_in_words(summary),
         "samples": samples(read_json(run_dir, "samples.json")),
         "completions": completion_table(completions),
         "config": printable(config_text),
@@ -136,29 +122,40 @@ def thin(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[
     return [[part[-1][0], float(f"{sum(value for _, value in part) / len(part):.5g}")] for part in parts]
 
 
-def _chart(title: str, unit: str, names: dict[str, str], metrics: Metrics) -> dict:
-    series = [
-        {"name": printable(label), "points": thin(metrics[name])} for name, label in names.items() if metrics.get(name)
-    ]
-    return {"title": printable(title), "unit": unit, "series": series}
-
-
-def _components(metrics: Metrics) -> dict[str, str]:
-    return {name: name.split("/")[1] for name in metrics if name.startswith("rewards/") and name.endswith("/mean")}
-
-
 def charts(metrics: Metrics) -> list[dict]:
-    """The curves that tell how a run goes; those without data are left out."""
-    specs = list(CHARTS)
-    specs.insert(1, ("Reward by function", "before weighting", _components(metrics)))
-    return [chart for spec in specs if (chart := _chart(*spec, metrics))["series"]]
+    """The curves that tell how a run goes; those that were not logged, or are 0 throughout, are left out."""
+    drawn = []
+    for chart in CHARTS:
+        columns = columns_of(chart, metrics)
+        # Two axes say something only where there are curves for both.
+        if columns and not (chart.right and len(columns) < len(chart.series)):
+            drawn.append(_chart(chart, columns, metrics))
+    return drawn
+
+
+def _chart(chart: Chart, columns: dict[str, str], metrics: Metrics) -> dict:
+    series = [
+        {"name": printable(label), "points": thin(metrics[name]), "right": name == chart.right}
+        for name, label in columns.items()
+    ]
+    return {"title": printable(chart.title), "unit": chart.unit, "series": series}
+
+
+def _not_in_charts(metrics: Metrics) -> list[str]:
+    shown = {name for chart in CHARTS for name in columns_of(chart, metrics)}
+    return sorted(name for name in metrics if name not in shown | {f"time/{phase}" for phase in PHASES})
 
 
 def other_charts(metrics: Metrics) -> list[dict]:
-    """A curve for each metric that is shown nowhere else."""
-    shown = {name for _, _, names in CHARTS for name in names} | set(_components(metrics))
-    shown |= {f"time/{phase}" for phase in PHASES}
-    return [_chart(name, "", {name: name}, metrics) for name in sorted(metrics) if name not in shown]
+    """A curve for each metric that is shown nowhere else and changes."""
+    names = [name for name in _not_in_charts(metrics) if len({value for _, value in metrics[name]}) > 1]
+    return [_chart(Chart(name, "", {}), {name: name}, metrics) for name in names]
+
+
+def constants(metrics: Metrics) -> str:
+    """The metrics that never change, in words: a curve would say no more."""
+    names = [name for name in _not_in_charts(metrics) if len({value for _, value in metrics[name]}) == 1]
+    return printable(", ".join(f"{name} {metrics[name][0][1]:g}" for name in names))
 
 
 def time_split(metrics: Metrics, max_bars: int = 40) -> dict:
@@ -188,22 +185,40 @@ def time_split(metrics: Metrics, max_bars: int = 40) -> dict:
 
 
 def samples(stored: object) -> list[dict]:
-    """The same problems before and after training."""
+    """The same problems before and after training, with the marks that they got; changed marks first."""
     items = [item for item in stored if isinstance(item, dict)] if isinstance(stored, list) else []
     keys = ("prompt", "gold", "before", "after")
-    return [
+    shown = [
         {
             key: message_text(v if isinstance(v := item.get(key), str | list) else "" if v is None else str(v))[:6000]
             for key in keys
         }
-        for item in items[:MAX_SAMPLES]
+        | {mark: item[mark] for mark in ("before_right", "after_right") if isinstance(item.get(mark), bool)}
+        for item in items
     ]
+    return sorted(shown, key=lambda item: item.get("before_right") == item.get("after_right"))[:MAX_SAMPLES]
+
+
+def flips_in_words(summary: dict) -> str:
+    """How many held-out problems changed from wrong to right, and from right to wrong."""
+    flips = summary.get("flips") or {}
+    if not {"gained", "lost"} <= flips.keys():
+        return ""
+    return (
+        f"{flips['gained']} problems that were wrong before training are right after it, {flips['lost']} that were "
+        "right are wrong."
+    )
 
 
 def completion_table(completions: list[Completion]) -> dict:
     """The views of the completions, over one pool of texts that stays under `MAX_TEXT_BYTES`."""
     views = [
         ("Whole run", "evenly spaced over the run", selections.evenly_spaced(completions, MAX_SPREAD_ROWS)),
+        (
+            GROUPS,
+            "whole groups over the run: the completions of one prompt in one rollout, with their advantages",
+            selections.groups(completions, MAX_SPREAD_ROWS),
+        ),
         ("Best", "highest reward, latest first", selections.best(completions, MAX_ROWS)),
         ("Worst", "lowest reward, latest first", selections.worst(completions, MAX_ROWS)),
         (
@@ -236,7 +251,11 @@ def completion_table(completions: list[Completion]) -> dict:
         return row
 
     names = list(dict.fromkeys(name for completion in completions for name in completion.rewards))
-    shown = [{"name": name, "help": help, "rows": [as_row(*row) for row in rows]} for name, help, rows in views]
+    shown = [
+        {"name": name, "help": help, "grouped": name == GROUPS, "rows": [as_row(*row) for row in rows]}
+        for name, help, rows in views
+        if rows
+    ]
     return {
         "rewards": [printable(name) for name in names],
         "prefix": prefix,

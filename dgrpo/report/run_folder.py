@@ -10,13 +10,11 @@ import yaml
 from pyarrow import ArrowException, Table, types
 from pyarrow.parquet import ParquetFile
 
+from dgrpo.report.metrics import Metrics
 from dgrpo.text import printable
 
 # A long run logs thousands of tables of completions; this many of them, evenly spaced, tell its story.
 MAX_TABLES = 300
-
-# metric -> [(step, value)], by increasing step
-Metrics = dict[str, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,12 @@ def read_config(run_dir: str | Path) -> tuple[str, dict]:
     except yaml.YAMLError:
         config = None
     return text, config if isinstance(config, dict) else {}
+
+
+def method_of(config: dict, summary: dict) -> str:
+    """The method that a run was trained by, from its settings: estimator, and objective or TRL's loss."""
+    estimator = config.get("estimator", summary.get("estimator", "one_step"))
+    return f"{estimator} + {config.get('objective') or config.get('loss_type') or 'grpo'}" if config else estimator
 
 
 def message_text(message: str | list[dict] | None) -> str:

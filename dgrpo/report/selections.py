@@ -64,6 +64,22 @@ def evenly_spaced(completions: Sequence[Completion], limit: int) -> list[Row]:
     return [(completion, None, None) for completion in completions]
 
 
+def groups(completions: Sequence[Completion], limit: int) -> list[Row]:
+    """Whole groups, evenly spaced over the run, of at most `limit` completions together; highest reward first.
+
+    A group is the completions of one prompt at one step. Groups with spread are preferred: only these teach anything.
+    """
+    by_group = sorted(completions, key=lambda c: (c.step, c.prompt, -c.total))
+    whole = [list(group) for _, group in groupby(by_group, key=lambda c: (c.step, c.prompt))]
+    whole = [group for group in whole if len(group) > 1]
+    whole = [group for group in whole if len({c.total for c in group}) > 1] or whole
+    if not whole:
+        return []
+    number = max(1, min(len(whole), limit // max(map(len, whole))))
+    picked = [whole[round(i * (len(whole) - 1) / max(1, number - 1))] for i in range(number)]
+    return [(completion, None, None) for group in picked for completion in group]
+
+
 def _distinct(completions: Sequence[Completion], limit: int) -> list[Row]:
     kept: dict[tuple[str, str], Completion] = {}
     for completion in completions:

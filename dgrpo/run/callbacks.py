@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -130,7 +131,7 @@ class HeldOutEvaluation(TrainerCallback):
         self.after: Evaluation | None = None
 
     def measure(self) -> Evaluation:
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        trainer, accelerator, started = self.trainer, self.trainer.accelerator, time.perf_counter()
         bar = tqdm(
             total=len(self.rows), desc="held-out problems", leave=False, disable=not accelerator.is_main_process
         )
@@ -152,12 +153,14 @@ class HeldOutEvaluation(TrainerCallback):
                 batch_size=trainer.args.per_device_eval_batch_size,
                 process_index=accelerator.process_index,
                 num_processes=accelerator.num_processes,
-                any_rank=trainer.any_process if accelerator.num_processes > 1 else bool,
+                # Only where weights stay partitioned must all processes make the same passes.
+                any_rank=trainer.any_process if trainer.is_fsdp_enabled else bool,
                 on_batch=bar.update,
                 template_settings=trainer.args.chat_template_kwargs,
             )
         step = trainer.state.global_step
         logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
+        logs["time/evaluation"] = time.perf_counter() - started
         trainer.state.log_history.append({**logs, "step": step})
         if trainer.state.is_world_process_zero:
             self.metrics.add(step, logs)

@@ -28,6 +28,7 @@ def summary_of(
         "seed": args.seed,
         "before": evaluation.before.summary(),
         "after": evaluation.after.summary(),
+        "flips": evaluation.before.flips(evaluation.after),
         "steps": trainer.state.global_step,
         "wall_seconds": round(wall_seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
@@ -38,12 +39,20 @@ def summary_of(
     }
 
 
-def samples_of(evaluation: HeldOutEvaluation, number: int = 16) -> list[dict[str, str]]:
-    """The first held-out problems with the completions before and after training."""
-    rows = zip(evaluation.rows, evaluation.before.completions, evaluation.after.completions, strict=True)
+def samples_of(evaluation: HeldOutEvaluation, number: int = 24) -> list[dict]:
+    """Held-out problems with the completions before and after training; those whose grade changed come first."""
+    before, after = evaluation.before, evaluation.after
+    order = sorted(range(before.n), key=lambda k: before.correct[k] == after.correct[k])
     return [
-        {"prompt": row["question"], "gold": str(row.get("answer", "")), "before": before, "after": after}
-        for row, before, after in list(rows)[:number]
+        {
+            "prompt": evaluation.rows[k]["question"],
+            "gold": str(evaluation.rows[k].get("answer", "")),
+            "before": before.completions[k],
+            "after": after.completions[k],
+            "before_right": before.correct[k],
+            "after_right": after.correct[k],
+        }
+        for k in order[:number]
     ]
 
 

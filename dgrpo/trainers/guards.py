@@ -1,8 +1,7 @@
 """What keeps a run alive, or stops it in time, when its numbers go wrong."""
 
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +10,12 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from dgrpo.report.metrics import WATCHED, cliffs
+
 logger = logging.get_logger(__name__)
 
 # Skipped updates whose batches each process keeps; a run that limps on must not fill the disk.
 MAX_KEPT = 20
-
-WATCHED = ("reward", "entropy", "completions/mean_length")
 
 
 class _MicroBatch(NamedTuple):
@@ -103,31 +102,6 @@ class SkipsBadUpdates:
             for prompt, shown, completion, kept, advantage in rows
         ]
         return {"loss": str(micro_batch.loss), "rows": texts}
-
-
-def cliffs(history: Mapping[str, Sequence[float]], window: int) -> dict[str, str]:
-    """What went over a cliff, in words: reward, entropy, length, each as the mean of its last `window` values.
-
-    Reward: a quarter below its best window, and by five standard errors. Entropy: halved from the window before, and
-    below a tenth of the first. Length: more than twice that of the first window, with no more reward than then.
-    """
-    means = {
-        name: [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
-        for name, values in history.items()
-    }
-    rewards, entropies, lengths = (means.get(name, []) for name in WATCHED)
-    found = {}
-    if len(rewards) > window:
-        best = max(rewards[:-window])
-        windows = (history["reward"][at : at + window] for at in (rewards.index(best), len(rewards) - 1))
-        error = (sum(map(statistics.variance, windows)) / window) ** 0.5
-        if best - rewards[-1] > max(abs(best) / 4, 5 * error):
-            found["reward"] = f"the reward fell from {best:.3g} to {rewards[-1]:.3g}"
-    if len(entropies) > window and entropies[-1] < min(entropies[-1 - window] / 2, entropies[0] / 10):
-        found["entropy"] = f"the entropy fell from {entropies[-1 - window]:.3g} to {entropies[-1]:.3g}"
-    if len(lengths) > window and lengths[-1] > 2 * lengths[0] and rewards and rewards[-1] <= rewards[0]:
-        found["length"] = f"completions grew from {lengths[0]:.3g} to {lengths[-1]:.3g} tokens and earn no more"
-    return found
 
 
 class CollapseGuard(TrainerCallback):

@@ -58,27 +58,29 @@ function frame(parent, chart, series, last) {
   return card;
 }
 
-function axes(svg, width, low, high, steps, unit) {
+function axes(svg, width, low, high, steps, unit, second = false) {
+  const edge = width - (second ? 48 : RIGHT);
   const marks = ticks(low, high, 4), labels = marks.map((mark) => withUnit(mark, unit));
   const left = 10 + 6.7 * Math.max(...labels.map((label) => label.length));
   const [first, final] = steps;
-  const x = (step) => left + ((step - first) / (final - first || 1)) * (width - left - RIGHT);
+  const x = (step) => left + ((step - first) / (final - first || 1)) * (edge - left);
   const y = (value) => TOP + (1 - (value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   marks.forEach((mark, number) => {
-    draw("line", svg, { class: mark === 0 ? "base" : "grid", x1: left, x2: width - RIGHT, y1: y(mark), y2: y(mark) });
+    draw("line", svg, { class: mark === 0 ? "base" : "grid", x1: left, x2: edge, y1: y(mark), y2: y(mark) });
     draw("text", svg, { x: left - 7, y: y(mark) + 4, "text-anchor": "end" }, labels[number]);
   });
   ticks(first, final === first ? first + 1 : final, Math.max(2, width / 90)).filter(Number.isInteger).forEach((step) => {
     const anchor = x(step) > width - 20 ? "end" : "middle";
-    draw("text", svg, { x: Math.min(x(step), width - RIGHT), y: HEIGHT - 5, "text-anchor": anchor }, step);
+    draw("text", svg, { x: Math.min(x(step), edge + 4), y: HEIGHT - 5, "text-anchor": anchor }, step);
   });
-  return { x, y, left };
+  return { x, y, left, edge };
 }
 
 const path = (points, x, y) => points.map(([step, value], k) => `${k ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
 
 function lineChart(parent, chart, steps, withZero) {
-  const values = chart.series.flatMap((one) => one.points.map((point) => point[1]));
+  const right = chart.series.filter((one) => one.right), left_series = chart.series.filter((one) => !one.right);
+  const values = left_series.flatMap((one) => one.points.map((point) => point[1]));
   let low = Math.min(...values), high = Math.max(...values);
   if (withZero) [low, high] = [Math.min(0, low), Math.max(0, high)];
   if (high === low) [low, high] = withZero ? [0, 1] : [low - Math.abs(low || 1) / 10, high + Math.abs(high || 1) / 10];
@@ -88,8 +90,14 @@ function lineChart(parent, chart, steps, withZero) {
   const card = frame(parent, chart, chart.series, last);
   const width = Math.max(200, card.clientWidth - 28);
   const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": chart.title });
-  const { x, y, left } = axes(svg, width, low, high, steps, chart.unit);
+  const { x, y: yLeft, left, edge } = axes(svg, width, low, high, steps, chart.unit, right.length > 0);
+  // The axis on the right is in per cent, from 0 to 100.
+  const yRight = (share) => TOP + (1 - share) * (HEIGHT - TOP - BOTTOM);
+  if (right.length) for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+    draw("text", svg, { x: width - 2, y: yRight(share) + 4, "text-anchor": "end" }, `${100 * share} %`);
+  }
   chart.series.forEach((one, number) => {
+    const y = one.right ? yRight : yLeft;
     const smooth = movingMean(one.points), stroke = `stroke:${colour(number)}`;
     if (smooth) draw("path", svg, { class: "raw", d: path(one.points, x, y), style: stroke });
     draw("path", svg, { class: "curve", d: path(smooth ?? one.points, x, y), style: stroke });
@@ -98,12 +106,12 @@ function lineChart(parent, chart, steps, withZero) {
   });
   const tell = (step) => chart.series.map((one) => {
     const near = one.points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
-    return [one.name, withUnit(near[1], chart.unit), near[0]];
+    return [one.name, withUnit(near[1], one.right ? "%" : chart.unit), near[0]];
   });
-  follow(svg, width, x, left, steps, tell);
+  follow(svg, width, x, left, edge, steps, tell);
 }
 
-function follow(svg, width, x, left, steps, tell) {
+function follow(svg, width, x, left, edge, steps, tell) {
   const cursor = draw("line", svg, { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
   cursors.push((step) => {
     cursor.setAttribute("visibility", step === null ? "hidden" : "visible");
@@ -111,7 +119,7 @@ function follow(svg, width, x, left, steps, tell) {
   });
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
-    const share = ((event.clientX - box.left) * (width / box.width) - left) / (width - left - RIGHT);
+    const share = ((event.clientX - box.left) * (width / box.width) - left) / (edge - left);
     const step = Math.round(steps[0] + Math.min(1, Math.max(0, share)) * (steps[1] - steps[0]));
     const lines = tell(step), tip = find("tip");
     cursors.forEach((move) => move(step));
@@ -131,11 +139,11 @@ function timeChart(parent, time, steps) {
   const all = totals.reduce((sum, value) => sum + value, 0) || 1;
   const phases = time.phases.map((phase, k) => ({ ...phase, legend: `${phase.name} ${Math.round((100 * totals[k]) / all)} %` }));
   const heights = time.from.map((_, k) => phases.reduce((sum, phase) => sum + phase.values[k], 0));
-  const card = frame(parent, { title: "Seconds per step", unit: "evaluations aside", legend: true }, phases, numeral(all / time.from.length));
+  const card = frame(parent, { title: "Seconds per step", unit: "mean of each stretch", legend: true }, phases, numeral(all / time.from.length));
   const width = Math.max(200, card.clientWidth - 28);
   const svg = draw("svg", card, { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": "Seconds per step" });
-  const { x, y, left } = axes(svg, width, 0, (Math.max(...heights) || 1) * 1.06, steps, "s");
-  const room = (width - left - RIGHT) / time.from.length;
+  const { x, y, left, edge } = axes(svg, width, 0, (Math.max(...heights) || 1) * 1.06, steps, "s");
+  const room = (edge - left) / time.from.length;
   time.from.forEach((_, k) => {
     let sum = 0;
     phases.forEach((phase, number) => {
@@ -143,8 +151,8 @@ function timeChart(parent, time, steps) {
       draw("rect", svg, { x: left + room * k + 0.5, y: to, width: Math.max(1, room - 1), height: Math.max(0, from - to), style: `fill:${colour(number)}` });
     });
   });
-  const barOf = (step) => Math.max(0, Math.min(time.from.length - 1, Math.floor(((x(step) - left) / (width - left - RIGHT)) * time.from.length)));
-  follow(svg, width, x, left, steps, (step) => {
+  const barOf = (step) => Math.max(0, Math.min(time.from.length - 1, Math.floor(((x(step) - left) / (edge - left)) * time.from.length)));
+  follow(svg, width, x, left, edge, steps, (step) => {
     const k = barOf(step), span = time.from[k] === time.to[k] ? time.to[k] : `${time.from[k]} to ${time.to[k]}`;
     return phases.map((phase) => [phase.name, `${numeral(phase.values[k])} s`, span]);
   });
@@ -159,7 +167,7 @@ function drawCharts() {
   data.charts.forEach((chart) => lineChart(find("charts"), chart, steps, true));
   timeChart(find("charts"), data.time, steps);
   if (!find("charts").childElementCount) make("p", find("charts"), "soft", "No metrics yet.");
-  find("more-metrics").hidden = !data.more.length;
+  find("more-metrics").hidden = !data.more.length && !data.constants;
   if (find("more-metrics").open) data.more.forEach((chart) => lineChart(find("more"), chart, steps, false));
 }
 let redraw;
@@ -182,6 +190,10 @@ data.tiles.forEach((tile) => {
   make("span", card, "", tile.remark);
 });
 drawCharts();
+find("constants").textContent = data.constants && `Constant: ${data.constants}.`;
+find("constants").hidden = !data.constants;
+find("flips").textContent = data.flips;
+find("flips").hidden = !data.flips;
 find("samples-part").hidden = !data.samples.length;
 data.samples.forEach((sample) => {
   const card = make("article", find("samples"), "sample card");
@@ -190,7 +202,9 @@ data.samples.forEach((sample) => {
   const pair = make("div", card, "pair");
   for (const when of ["before", "after"]) {
     const part = make("div", pair);
+    const mark = sample[`${when}_right`];
     make("span", part, "soft", when);
+    if (mark !== undefined) make("b", part, `mark ${mark ? "up" : "down"}`, mark ? "\u2713 right" : "\u2717 wrong");
     make("pre", part, "", sample[when] || "(nothing)");
   }
 });

@@ -64,12 +64,16 @@ function showRows() {
     head.addEventListener("keydown", (event) => { if (event.key === "Enter") sortBy(k); });
   });
   find("rows").replaceChildren();
-  rows.slice(0, state.shown).forEach((row) => {
-    const line = make("tr", find("rows"));
+  rows.slice(0, state.shown).forEach((row, number) => {
+    // A group names its step and its prompt once.
+    const above = view.grouped && state.sort === null ? rows[number - 1] : undefined;
+    const sameGroup = above !== undefined && above.step === row.step && above.prompt === row.prompt;
+    const line = make("tr", find("rows"), sameGroup ? "same-group" : "");
     line.tabIndex = 0;
     columns.forEach((column) => {
       const cell = make("td", line, column.className);
       const value = column.value(row);
+      if (sameGroup && ["step", "prompt"].includes(column.name)) return;
       if (column.name === "prompt") fillText(cell, value);
       else if (column.name === "completion") {
         if (row.earlier) fillText(cell, texts[row.earlier.text], `step ${row.earlier.step}, reward ${numeral(row.earlier.total)}`);
@@ -108,4 +112,5 @@ table.views.forEach((view, number) => {
 });
 find("filter").addEventListener("input", (event) => { Object.assign(state, { filter: event.target.value, shown: PAGE }); showRows(); });
 find("next").addEventListener("click", () => { state.shown += PAGE; showRows(); });
-showRows();
+for (const id of ["completions", "completions-title"]) find(id).hidden = !table.views.length;
+if (table.views.length) showRows();
