@@ -288,3 +288,7 @@ ESTIMATORS: dict[str, Callable[..., MaskedViews]] = {
     "left_to_right": left_to_right,
     "block_random": block_random,
 }
+# Their views are independent draws of one integral (`dgrpo.objectives.Facts`): as `elbo.draws = True` would, in a way
+# that type checkers read.
+for _estimator in (elbo, quadrature, block_random):
+    vars(_estimator)["draws"] = True

@@ -2,51 +2,26 @@
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from trainers import EOS, PAD, SETTINGS, share_of_b, tiny_llada, tiny_tokenizer, tiny_trainer
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
+from dgrpo import DiffuGRPOConfig
 from dgrpo.sampling import Rollout
 
-VOCAB, EOS, MASK, PAD = 24, 21, 22, 23
 
-
-def _tiny_llada(seed: int = 0, std: float = 0.3, **settings) -> LLaDAModelLM:
-    """Every parameter random, the norms' too, so that a forgotten or misplaced one changes the answer."""
-    shape = {"d_model": 32, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 48, "vocab_size": VOCAB}
-    tokens = {"eos_token_id": EOS, "mask_token_id": MASK, "pad_token_id": PAD}
-    with torch.random.fork_rng(devices=[]):
-        model = LLaDAModelLM(LLaDAConfig(**(shape | tokens | {"rope_theta": 50.0, "rms_norm_eps": 1e-5} | settings)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + (parameter.dim() == 1))
-    return model.eval()
+@pytest.fixture(name="tiny_llada")
+def _tiny_llada():
+    """A function (seed, **config settings) -> LLaDAModelLM."""
+    return tiny_llada
 
 
 @pytest.fixture
-def tiny_llada():
-    """A function (seed, **config settings) -> LLaDAModelLM: 24 words, 2 layers, width 32, float32."""
-    return _tiny_llada
+def model():
+    return tiny_llada()
 
 
 @pytest.fixture
-def model() -> LLaDAModelLM:
-    return _tiny_llada()
-
-
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One word per id: "a".."u", then end, mask and pad."""
-    words = [chr(ord("a") + index) for index in range(VOCAB - 3)] + ["<eos>", "<mask>", "<pad>"]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", mask_token="<mask>", pad_token="<pad>", unk_token="a"
-    )
+def tokenizer():
+    return tiny_tokenizer()
 
 
 @pytest.fixture
@@ -83,69 +58,15 @@ def rollout(prompts) -> Rollout:
     )
 
 
-PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o", "p q", "r s t", "u a"]
-
-
-def share_of_b(prompts, completions, **columns) -> list[float]:
-    return [completion.split().count("b") / 6 for completion in completions]
-
-
-def lora(dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(
-        r=4,
-        lora_alpha=8,
-        lora_dropout=dropout,
-        target_modules=r".*blocks.*(q_proj|v_proj|ff_out)",
-        init_lora_weights=False,
-    )
-
-
-def place_in_group(prompts, completions, **columns) -> list[float]:
-    """A reward that every group of four disagrees on, whatever it wrote."""
-    return [index % 4 / 4 for index in range(len(prompts))]
-
-
 @pytest.fixture
 def config(tmp_path):
-    """A function (**settings) -> DiffuGRPOConfig: groups of 4, two of them a micro-batch, canvas of 6 tokens."""
-
-    def build(**settings) -> DiffuGRPOConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "block_length": 3,
-            "diffusion_steps": 6,
-            "num_iterations": 2,
-            "beta": 0.0,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return DiffuGRPOConfig(**(defaults | settings))
-
-    return build
+    """A function (**settings) -> DiffuGRPOConfig, on top of `trainers.SETTINGS`."""
+    return lambda **settings: DiffuGRPOConfig(**(SETTINGS | {"output_dir": str(tmp_path / "run")} | settings))
 
 
 @pytest.fixture
-def trainer(model, tokenizer, config):
-    """A function (reward, lora, **settings) -> DiffuGRPOTrainer on eight prompts."""
-
-    def build(reward=share_of_b, lora=None, own_model=None, **settings) -> DiffuGRPOTrainer:
-        settings.setdefault("learning_rate", 1e-3)
-        return DiffuGRPOTrainer(
-            model=own_model or model,
-            processing_class=tokenizer,
-            args=config(**settings),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS, "letter": list("abcdefgh")}),
-            reward_funcs=reward,
-            peft_config=lora,
-        )
-
-    return build
+def trainer(model, tmp_path):
+    """A function (reward, lora, own_model, **settings) -> DiffuGRPOTrainer of `trainers.tiny_trainer`."""
+    return lambda reward=share_of_b, lora=None, own_model=None, **settings: tiny_trainer(
+        settings.pop("output_dir", tmp_path / "run"), reward, lora, own_model or model, **settings
+    )

@@ -6,42 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import share_of_b
-from datasets import Dataset
+from trainers import tiny_trainer
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.noise import row_keys, uniform
 
 ROOT = Path(__file__).parents[1]
-PROMPTS = ["a b", "c d e f", "g", "h i j"]
 
 
-def run(model, tokenizer, folder: Path, resume: Path | None = None, **settings) -> tuple[torch.Tensor, list]:
+def run(model, folder: Path, resume: Path | None = None, **settings) -> tuple[torch.Tensor, list]:
     """Weights and logged completions after a few updates."""
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "num_iterations": 2,
-        "max_completion_length": 6,
-        "block_length": 3,
-        "diffusion_steps": 6,
-        "beta": 0.0,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    trainer = DiffuGRPOTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=DiffuGRPOConfig(**(defaults | settings)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        reward_funcs=share_of_b,
-    )
+    settings = {"learning_rate": 1e-2} | settings
+    trainer = tiny_trainer(folder, own_model=model, **settings)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), trainer.logged_completions
 
@@ -51,8 +26,8 @@ def test_the_same_seed_gives_the_same_bits(tiny_llada, tokenizer, tmp_path, thre
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        (one, texts), (other, more) = (run(tiny_llada(), tokenizer, tmp_path) for _ in range(2))
-        different, _ = run(tiny_llada(), tokenizer, tmp_path, seed=1)
+        (one, texts), (other, more) = (run(tiny_llada(), tmp_path) for _ in range(2))
+        different, _ = run(tiny_llada(), tmp_path, seed=1)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, other)
@@ -83,11 +58,11 @@ def test_no_code_of_a_checkpoint_or_dataset_runs():
 
 
 def test_a_checkpoint_with_code_in_its_state_is_not_run(tiny_llada, tokenizer, tmp_path):
-    run(tiny_llada(), tokenizer, tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    run(tiny_llada(), tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     path = tmp_path / "checkpoint-2/rollout_0.pt"
     torch.save(torch.load(path, weights_only=True) | {"metrics": _Touches(tmp_path / "touched")}, path)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        run(tiny_llada(), tokenizer, tmp_path, resume=tmp_path / "checkpoint-2")
+        run(tiny_llada(), tmp_path, resume=tmp_path / "checkpoint-2")
     assert not (tmp_path / "touched").exists()
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from trainers import place_in_group, tiny_trainer
 from transformers import TrainerState
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers import checkpoints, guards, rewards
 from dgrpo.trainers.checkpoints import last_complete_checkpoint, refuse_to_mix_runs, whole_checkpoints
 from dgrpo.trainers.guards import CollapseGuard, cliffs
@@ -29,42 +29,15 @@ PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 ROWS = {"prompts": ["a", "b"], "completions": ["c", "d"]}
 
 
-def place_in_group(prompts, completions, **columns) -> list[float]:
-    """A reward that every group of four disagrees on, whatever it wrote."""
-    return [index % 4 / 4 for index in range(len(prompts))]
-
-
 @pytest.fixture
-def build(tiny_llada, tokenizer, tmp_path):
+def build(tmp_path):
     """A function (reward, **settings) -> trainer: two updates on each rollout, of two micro-batches."""
 
-    def trainer(reward=place_in_group, **settings) -> DiffuGRPOTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 4,
-            "num_iterations": 2,
-            "max_completion_length": 6,
-            "block_length": 3,
-            "diffusion_steps": 6,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "beta": 0.0,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        return DiffuGRPOTrainer(
-            model=tiny_llada(),
-            processing_class=tokenizer,
-            args=DiffuGRPOConfig(**(defaults | settings)),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            reward_funcs=reward,
-        )
+    def trainer(reward=place_in_group, **settings):
+        defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+        rows = Dataset.from_dict({"prompt": PROMPTS})
+        folder = settings.pop("output_dir", tmp_path / "run")
+        return tiny_trainer(folder, reward, dataset=rows, **(defaults | settings))
 
     return trainer
 

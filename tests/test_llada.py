@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from conftest import MASK
 from peft import LoraConfig, get_peft_model
 from reference import llada_logits
 from safetensors.torch import load_file, save_file
+from trainers import MASK
 from transformers import LlamaConfig
 
 from dgrpo.models import ScoringHead, load_model

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB
 from peft import LoraConfig, get_peft_model
 from reference import llada_logits, naive_scores
+from trainers import EOS, MASK, VOCAB
 
 from dgrpo.estimators import one_step
 from dgrpo.logprobs import mean_entropy, per_token_logps, score_views

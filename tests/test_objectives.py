@@ -1,5 +1,6 @@
 """Objectives against their formulas written out, and the bounds against an explicit joint distribution."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -14,11 +15,11 @@ from dgrpo.estimators import ESTIMATORS
 from dgrpo.logprobs import per_token_logps
 from dgrpo.objectives import (
     KL_FORMS,
-    NEEDS_WHOLE_GROUPS,
     OBJECTIVES,
     ObjectiveInputs,
     check_combination,
     evidence_bounds,
+    facts_of,
     kl_exact,
 )
 from dgrpo.views import MaskedViews
@@ -281,7 +282,7 @@ def test_stable_drl_normalises_clipped_weights_within_the_group(batch, clip):
             expected -= weight * ADVANTAGES[row] * bounds[row] / 2
             grad[row] = -weight * ADVANTAGES[row] / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert metrics["clip_ratio"].item() == pytest.approx(sum(d > math.log(clip) for d in log_ratio) / 6)
+    assert metrics["clip_ratio/region_mean"].item() == pytest.approx(sum(d > math.log(clip) for d in log_ratio) / 6)
     # The weights carry no gradient: a good row moves by its weight along the ELBO alone.
     torch.testing.assert_close(gradient(loss, batch)[0], grad[0] * batch.weights[0] / LENGTHS[0])
 
@@ -311,7 +312,7 @@ def test_espo_clips_the_ratio_per_length_and_adds_the_kl_of_sequences(batch, kl)
         gap = new[row] - ref[row]
         divergences.append({"k1": gap, "k2": gap**2 / 2, "k3": math.exp(-gap) - 1 + gap}[kl] / length)
     assert loss.item() == pytest.approx((expected + 0.1 * sum(divergences)) / 6, rel=1e-4)
-    assert metrics["clip_ratio"].item() == pytest.approx(clipped / 6)
+    assert metrics["clip_ratio/region_mean"].item() == pytest.approx(clipped / 6)
     assert metrics["kl"].item() == pytest.approx(sum(divergences) / 6, rel=1e-4)
     assert 0 < clipped < 6
 
@@ -332,7 +333,7 @@ def test_an_unmoved_policy_has_ratio_one_and_no_objective_reads_more_than_it_is_
     assert (gradient(loss, batch) == gradient(same, batch)).all()
     for key in {"ratio", "max_ratio", "ratio_bound"} & metrics.keys():
         assert metrics[key] == 1
-    assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
+    assert all(value.shape in ((), (2,)) and not value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -344,15 +345,17 @@ def test_rows_without_advantage_do_not_move(batch, name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_do_not_depend_on_the_order_of_rows(batch, name):
     order = torch.tensor([5, 0, 3, 1, 4, 2])
-    mixed = replace(batch, **{key: value[order] for key, value in vars(batch).items()})
+    tensors = {key: value[order] for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    mixed = replace(batch, **tensors)
     assert OBJECTIVES[name](mixed)[0].item() == pytest.approx(OBJECTIVES[name](batch)[0].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NEEDS_WHOLE_GROUPS)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if facts_of(OBJECTIVES[name]).whole_groups])
 def test_objectives_of_whole_groups_average_over_them(batch, name):
     parts = []
     for rows in (slice(0, None, 2), slice(1, None, 2)):
-        parts.append(OBJECTIVES[name](replace(batch, **{key: value[rows] for key, value in vars(batch).items()}))[0])
+        tensors = {key: value[rows] for key, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        parts.append(OBJECTIVES[name](replace(batch, **tensors))[0])
     assert OBJECTIVES[name](batch)[0].item() == pytest.approx(sum(part.item() for part in parts) / 2, rel=1e-5)
 
 
@@ -400,25 +403,53 @@ def test_kl_exact_keeps_leading_dimensions_and_is_zero_for_equal_distributions()
         ("elbo", "sequence", {"beta": 0.04}, "set beta to 0"),
         ("one_step", "token", {"objective": "spg"}, "averages over draws"),
         ("trace", "sequence", {"objective": "bgpo"}, "averages over draws"),
-        ("elbo", "sequence", {"objective": "ppo"}, "objective='ppo'"),
         ("one_step", "token", {"objective": "wd1", "beta": 0.04}, "beta=0.04 with objective='wd1': it has no KL"),
         ("elbo", "token", {"objective": "bgpo", "beta": 0.04}, "set beta to 0"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(estimator, level, settings, message):
     with pytest.raises(ValueError, match=message):
-        check_combination(estimator, level, **settings)
+        check(estimator, level, **settings)
+
+
+def check(estimator: str, level: str = "token", objective: str = "grpo", beta: float = 0.0) -> None:
+    settings = {"importance_sampling_level": level, "beta": beta}
+    check_combination(ESTIMATORS[estimator], OBJECTIVES[objective], settings)
 
 
 def test_combinations_of_the_published_methods_pass():
     for estimator in ESTIMATORS:
         if estimator not in ("elbo", "quadrature", "block_random"):
-            check_combination(estimator, "token", beta=0.04)
-        check_combination(estimator, "sequence")
+            check(estimator, "token", beta=0.04)
+        check(estimator, "sequence")
         for objective in ("wd1", "stable_drl", "espo"):
-            check_combination(estimator, "token", objective=objective, beta=0.04 if objective == "espo" else 0.0)
-    check_combination("block_random", objective="spg")
-    check_combination("elbo", objective="bgpo")
+            check(estimator, "token", objective=objective, beta=0.04 if objective == "espo" else 0.0)
+    check("block_random", objective="spg")
+    check("elbo", objective="bgpo")
+
+
+def test_an_estimator_of_ones_own_is_refused_and_accepted_where_elbo_is():
+    def own(rollout, *, generator):
+        return estimators.elbo(rollout, generator=generator)
+
+    with pytest.raises(ValueError, match="estimator='own' with objective='spg': .* say `draws = True`"):
+        check_combination(own, OBJECTIVES["spg"], {})
+    check_combination(own, OBJECTIVES["grpo"], {"importance_sampling_level": "token"})
+    own.draws = True
+    check_combination(own, OBJECTIVES["spg"], {})
+    check_combination(functools.partial(own), OBJECTIVES["spg"], {})
+    with pytest.raises(ValueError, match="estimator='own' with importance_sampling_level='token'"):
+        check_combination(own, OBJECTIVES["grpo"], {"importance_sampling_level": "token"})
+    check_combination(own, OBJECTIVES["grpo"], {"importance_sampling_level": "sequence"})
+
+
+def test_a_fact_that_is_none_is_refused():
+    def own(batch):
+        return batch.logps.sum(), {}
+
+    own.old_policy = "views"
+    with pytest.raises(ValueError, match="old_policy='views' of .*: say 'summed', 'per_view' or None"):
+        facts_of(own)
 
 
 @pytest.mark.parametrize(

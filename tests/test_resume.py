@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import share_of_b
 from datasets import Dataset
 from safetensors.torch import load_file
 from stopping import StopAt
+from trainers import share_of_b, tiny_trainer
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
-from dgrpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.run.callbacks import MetricsFile, ProgressLine
 from dgrpo.trainers.checkpoints import last_complete_checkpoint, move_earlier_run_aside
@@ -23,35 +22,22 @@ PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 
 
 @pytest.fixture
-def build(tiny_llada, tokenizer, tmp_path):
+def build(tmp_path):
     """A function (folder, callbacks, **settings) -> trainer with mu = 4, accumulation 2, epochs of two rollouts."""
 
-    def trainer(folder: str, callbacks=None, **settings) -> DiffuGRPOTrainer:
+    def trainer(folder: str, callbacks=None, **settings):
         defaults = {
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
-            "num_generations": 4,
             "num_iterations": 4,
-            "max_completion_length": 6,
-            "block_length": 3,
-            "diffusion_steps": 6,
             "max_steps": 12,
             "learning_rate": 1e-2,
-            "beta": 0.0,
+            "save_strategy": "steps",
             "save_steps": 1,
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
         }
-        return DiffuGRPOTrainer(
-            model=tiny_llada(),
-            processing_class=tokenizer,
-            args=DiffuGRPOConfig(output_dir=str(tmp_path / folder), **(defaults | settings)),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            reward_funcs=share_of_b_and_chance,
-            callbacks=callbacks,
+        rows = Dataset.from_dict({"prompt": PROMPTS})
+        return tiny_trainer(
+            tmp_path / folder, share_of_b_and_chance, dataset=rows, callbacks=callbacks, **(defaults | settings)
         )
 
     return trainer

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB
+from trainers import EOS, MASK, VOCAB
 
 from dgrpo import DiffuGRPOConfig
 from dgrpo.sampling import Rollout, SamplerConfig, denoise, generate

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import EOS, MASK, VOCAB
 from reference import denoise_greedily, llada_logits, shares, until_eos
+from trainers import EOS, MASK, VOCAB
 
 from dgrpo.noise import uniform
 from dgrpo.sampling import Rollout, SamplerConfig, generate

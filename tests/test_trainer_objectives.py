@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, lora, place_in_group
+from trainers import EOS, lora, place_in_group
 
 METHODS = {
     "spg": {"estimator": "block_random", "estimator_kwargs": {"block_length": 3}},
@@ -29,18 +29,21 @@ def run_of(trainer):
 def gradient_norm(run) -> float:
     """Of the first update, on a group of four rollouts none of which came to its end."""
     run.model.train()
-    generate = run._generate_single_turn
+    source = run.rollout_source
 
-    def cut_off(*given, **named):
-        generate(*given, **named)
-        ids, mask = run._rollout.completion_ids, run._rollout.completion_mask
-        ids.masked_fill_(ids == EOS, 7)
-        assert mask.fill_(True).all()
-        return ids.tolist(), None
+    class CutOff:
+        update = source.update
 
-    run._generate_single_turn = cut_off
+        def __call__(self, *args):
+            rollout = source(*args)
+            rollout.completion_ids.masked_fill_(rollout.completion_ids == EOS, 7)
+            rollout.completion_mask.fill_(True)
+            return rollout
+
+    run.rollout_source = CutOff()
     run.current_gradient_accumulation_steps = 1
     inputs = run._prepare_inputs([{"prompt": "a b", "letter": "a"}] * 4)
+    assert (inputs["completion_ids"] != EOS).all()
     run.compute_loss(run.model, inputs).backward()
     return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]).norm().item()
 

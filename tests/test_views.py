@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import MASK
+from trainers import MASK
 
 from dgrpo.noise import stream
 from dgrpo.sampling import Rollout

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import MASK
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from trainers import MASK
 
 from dgrpo import VRPOConfig, VRPOTrainer
 from dgrpo.models.families import FAMILIES

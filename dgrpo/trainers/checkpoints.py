@@ -232,7 +232,7 @@ class ExactResume(WholeCheckpoints):
             "metrics": dict(self._metrics["train"]),
             "loss_sum": self._tr_loss.detach().clone(),
             "last_logged": self._globalstep_last_logged,
-            "skipped_in_a_row": self._skipped_in_a_row,
+            "guards": [guard and guard.state_dict() for guard in (self.update_guard, self.reward_guard)],
             # As text: a reward may log objects that a safe load refuses.
             "logs": json.dumps(logs, default=str),
         }
@@ -264,7 +264,9 @@ class ExactResume(WholeCheckpoints):
                 f"{self.accelerator.num_processes}; resume with the same number."
             )
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        for guard, stored in zip((self.update_guard, self.reward_guard), state["guards"], strict=True):
+            if guard and stored:
+                guard.load_state_dict(stored)
         self._metrics["train"].update(state["metrics"])
         logs = json.loads(state["logs"])
         for name in ("prompt", "completion", "advantages"):

@@ -1,5 +1,6 @@
 """Configuration of diffu-GRPO: TRL's GRPOConfig and what a diffusion policy adds."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -8,9 +9,10 @@ from packaging.version import Version
 from trl import GRPOConfig
 
 from dgrpo.estimators import ESTIMATORS
-from dgrpo.objectives import NEEDS_WHOLE_GROUPS, OBJECTIVES, check_combination
+from dgrpo.objectives import KL_FORMS, LOSS_TYPES, OBJECTIVES, SHARED, facts_of
 from dgrpo.sampling import SamplerConfig
-from dgrpo.trainers.plugins import check_settings, resolve_estimator
+from dgrpo.trainers.plugins import check_plugins, resolve_objective
+from dgrpo.trainers.ranges import check_ranges
 
 if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
     raise ImportError(
@@ -43,24 +45,14 @@ _REFUSED = {
     "data_seed": (None, "the order of the prompts follows seed"),
     "ignore_data_skip": (False, "a resumed run would meet the prompts of the epoch's beginning again"),
 }
-# Settings of TRL's loss, which an objective of ours takes the place of.
-_LOSS_ONLY = (
-    "kl",
-    "delta",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "top_entropy_quantile",
-    "importance_sampling_level",
-    "use_bias_correction_kl",
-)
 # Words; TRL looks at its own for the first time in the middle of the first update.
 _CHOICES = {
-    "loss_type": ("bnpo", "grpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "loss_type": tuple(LOSS_TYPES),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "prompt_mask_scope": ("group", "row"),
-    "kl": ("k3", "exact"),
+    "kl": (None, *KL_FORMS, "exact"),
 }
 
 
@@ -120,8 +112,11 @@ class DiffuGRPOConfig(GRPOConfig):
     estimator_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Settings of the estimator, as a mapping (JSON on the command line)."}
     )
-    objective: str | None = field(
-        default=None, metadata={"help": f"Loss instead of TRL's (loss_type): {', '.join(OBJECTIVES)}."}
+    objective: str = field(
+        default="grpo",
+        metadata={
+            "help": f"The loss: {', '.join(OBJECTIVES)}, or package.module:function. TRL's loss_type is of grpo."
+        },
     )
     objective_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the objective."})
     p_mask_prompt: float = field(default=0.15, metadata={"help": "one_step: share of prompt tokens hidden."})
@@ -132,9 +127,12 @@ class DiffuGRPOConfig(GRPOConfig):
         },
     )
     score_temperature: float = field(default=1.0, metadata={"help": "Logits are divided by it in scoring."})
-    kl: str = field(
-        default="k3",
-        metadata={"help": "What beta weighs: 'k3', estimated from the sampled tokens, or 'exact', over all words."},
+    kl: str | None = field(
+        default=None,
+        metadata={
+            "help": "What beta weighs: 'k1', 'k2' or 'k3', estimated from the sampled tokens, or 'exact', over all "
+            "words; None: the objective's own (grpo: k3, espo: k2)."
+        },
     )
     log_kl: bool = field(
         default=False,
@@ -153,6 +151,12 @@ class DiffuGRPOConfig(GRPOConfig):
             "so many in a row end the run. None: no check."
         },
     )
+    max_failed_rollouts: int | None = field(
+        default=5,
+        metadata={
+            "help": "The run ends after so many rollouts in a row without a value of any reward. None: no check."
+        },
+    )
     collapse_window: int = field(
         default=8, metadata={"help": "Rollouts in the averages that are watched for a collapse; 0: not watched."}
     )
@@ -161,6 +165,7 @@ class DiffuGRPOConfig(GRPOConfig):
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs", "objective_kwargs"]
 
     def __post_init__(self):
+        check_ranges(self)
         fields = self.__dataclass_fields__
         for name, (neutral, reason) in _REFUSED.items():
             neutrals = neutral if isinstance(neutral, tuple) else (neutral,)
@@ -171,12 +176,11 @@ class DiffuGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"{name}={value!r} cannot be honoured: rollouts are denoised without vLLM. Remove it."
                 )
-        loss_only = _LOSS_ONLY if self.objective == "espo" else (*_LOSS_ONLY, "epsilon_high")
-        for name in loss_only if self.objective else ():
-            if (value := getattr(self, name)) != fields[name].default:
-                raise ValueError(
-                    f"{name}={value!r} is of TRL's loss, not of objective={self.objective!r}; remove one."
-                )
+        # TRL's names; TRL takes a truth value for one of them.
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
         if (self.num_generations or 0) < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: rewards are compared within a group; set at least 2."
@@ -193,35 +197,54 @@ class DiffuGRPOConfig(GRPOConfig):
         if self.diffusion_steps is None:
             self.diffusion_steps = self.max_completion_length
         super().__post_init__()
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
         self.sampler()
-        resolve_estimator(self.estimator)
-        check_combination(self.estimator, self.importance_sampling_level, objective=self.objective, beta=self.beta)
-        if not 0 <= self.p_mask_prompt <= 1:
-            raise ValueError(f"p_mask_prompt={self.p_mask_prompt}: must be a probability.")
-        for name in ("score_temperature", "views_per_pass", "num_iterations"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be positive.")
-        optional = ("reward_timeout", "max_skipped_updates", "max_prompt_length", "rollout_batch_size")
-        for name in optional:
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name}={value}: must be positive, or left out.")
-        if self.collapse_window < 0 or self.collapse_window == 1:
-            raise ValueError(f"collapse_window={self.collapse_window}: must be 2 or more rollouts, or 0 for no guard.")
+        self._check_objective()
         if self.stop_on_collapse and not self.collapse_window:
             raise ValueError("stop_on_collapse=True with collapse_window=0: nothing is watched; set collapse_window.")
+        if self.sync_ref_model and self.save_strategy != "no" and not self.save_only_model:
+            raise ValueError(
+                "sync_ref_model=True: a checkpoint does not hold the reference model, so a resumed run would be "
+                "another; set save_only_model=True, or save_strategy='no'."
+            )
+
+    def _check_objective(self) -> None:
+        objective = resolve_objective(self.objective)
+        accepted = inspect.signature(objective).parameters
+        fields = self.__dataclass_fields__
+        # epsilon, loss_type and beta have defaults of d1's, which no other objective is to be troubled with.
+        for name in [name for name in SHARED if name not in ("epsilon", "loss_type", "beta", *accepted)]:
+            if (value := getattr(self, name)) != fields[name].default:
+                raise ValueError(
+                    f"{name}={value!r}: objective={self.objective!r} does not read it; remove it, or set "
+                    "objective='grpo'."
+                )
+        if self.use_adaptive_entropy and "entropy_coef" not in accepted:
+            raise ValueError(
+                f"use_adaptive_entropy=True: objective={self.objective!r} has no entropy_coef; remove it."
+            )
         if self.kl == "exact" and self.beta == 0.0:
-            raise ValueError("kl='exact' with beta=0: there is no KL in the loss; set beta, or leave kl at 'k3'.")
-        if self.agreement_every < 0:
-            raise ValueError(f"agreement_every={self.agreement_every}: must be a number of rollouts, or 0 for never.")
-        check_settings(self)
+            raise ValueError("kl='exact' with beta=0: there is no KL in the loss; set beta, or leave kl out.")
+        check_plugins(self)
 
     @property
     def whole_groups(self) -> bool:
         """Whether the rollouts of one prompt must stay together in a micro-batch."""
-        return self.prompt_mask_scope == "group" or self.objective in NEEDS_WHOLE_GROUPS
+        return self.prompt_mask_scope == "group" or facts_of(resolve_objective(self.objective)).whole_groups
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that one rollout takes, over all processes."""
+        return self.generation_batch_size // self.num_generations
+
+    def check_num_prompts(self, num_rows: int) -> None:
+        """ValueError where a dataset of so many rows does not fill one rollout: nothing would be trained."""
+        if num_rows < self.prompts_per_rollout:
+            raise ValueError(
+                f"the dataset has {num_rows} prompts, one rollout takes {self.prompts_per_rollout} "
+                f"(generation_batch_size={self.generation_batch_size} over all processes, divided by "
+                f"num_generations={self.num_generations}): give more prompts, or lower per_device_train_batch_size or "
+                "steps_per_generation."
+            )
 
     def sampler(self) -> SamplerConfig:
         """The rollouts' sampler; it has no settings of its own."""

@@ -4,38 +4,68 @@ Letters: B rollouts of this process, G rollouts of one prompt, P prompt tokens, 
 N masked views, mu inner updates per rollout batch.
 """
 
+import copy
+import inspect
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOTrainer
-from trl.trainer.utils import split_tensor_dict, use_adapter
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import use_adapter
 
 from dgrpo.logprobs import ViewScores, mean_entropy, score_views
-from dgrpo.noise import stream
-from dgrpo.objectives import DRAWS, WITHOUT_RATIO, ObjectiveInputs, kl_k1, kl_k3
+from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_bit_training
+from dgrpo.noise import row_keys, stream
+from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
 from dgrpo.trainers.checkpoints import ExactResume
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
-from dgrpo.trainers.guards import CollapseGuard, SkipsBadUpdates
+from dgrpo.trainers.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
-from dgrpo.trainers.rewards import check_columns, guarded
-from dgrpo.trainers.rollouts import DenoisesRollouts
-from dgrpo.views import MaskedViews
+from dgrpo.trainers.rewards import check_references, checked_rewards
+from dgrpo.trainers.rollouts import DenoisedRollouts, RolloutSource, rollout_metrics
+from dgrpo.views import MaskedViews, draw_views
+
+# Of TRL's constructor; what takes their place here.
+_REFUSED = {
+    "quantization_config": "the model is loaded already; dgrpo.load_model(..., load_in_4bit=True) quantizes it",
+    "tools": "a denoised completion cannot wait for a tool",
+    "environment_factory": "a denoised completion cannot wait for an environment",
+    "rollout_func": "it returns no trace of the denoising; give a rollout_source",
+}
 
 
-class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrainer):
-    """trl.GRPOTrainer for mask predictors. What differs, method by method:
+class _Sampled(NamedTuple):
+    """What `rollout_func` hands to `_generate_and_score_completions`, as a column of TRL's rows."""
 
-    `_generate_single_turn` denoises instead of generating left to right and draws the masked views of the rollouts;
-    `_generate_and_score_completions` puts the full canvases and the views into the batch;
-    `_prepare_inputs` keeps groups together, scores old and reference log-probabilities for each inner iteration, and
-    hands out the iteration's slice; `_get_per_token_logps_and_entropies` scores under masked views.
-    Rewards, advantages, loss and logging are TRL's.
+    rollout: Rollout
+    hidden: Tensor  # [B, mu, N, L]
+    weights: Tensor  # [B, mu, N, C]
+
+
+class DiffuGRPOTrainer(ExactResume, GRPOTrainer):
+    """trl.GRPOTrainer for mask predictors. TRL's loop, prompts, advantages and logging stay; this is overridden:
+
+    - `rollout_func` (TRL's own slot): rollouts come from `rollout_source`, and the views are drawn on them;
+    - `_generate_and_score_completions`: full canvases and views go into the batch, where TRL cuts at the end of text;
+    - `_calculate_rewards`: timed, and watched by `reward_guard`;
+    - `_prepare_inputs`: groups stay together, old and reference policy are scored for each inner iteration, which
+      then gets its slice;
+    - `_get_per_token_logps_and_entropies`: empty, as `_prepare_inputs` scores on the full canvas;
+    - `_compute_loss`: scores under the views and calls `objective`, whichever it is;
+    - `compute_loss`, `_get_grad_norm`: what `update_guard` watches;
+    - `_get_train_sampler`: the order of prompts is a function of seed and epoch;
+    - `evaluation_loop`: an evaluation's batches draw on from each other;
+    - `train`: a run that ends before its last update says so;
+    - for checkpoints, what `ExactResume` lists.
     """
 
     args: DiffuGRPOConfig
@@ -49,48 +79,74 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         train_dataset,
         eval_dataset=None,
         processing_class=None,
+        reward_processing_classes=None,
         callbacks: list | None = None,
         optimizers=(None, None),
         peft_config=None,
         estimator: Callable[..., MaskedViews] | None = None,
+        rollout_source: RolloutSource | None = None,
+        **refused,
     ):
+        for name, value in refused.items():
+            if name not in _REFUSED:
+                raise TypeError(f"DiffuGRPOTrainer has no argument {name!r}.")
+            if value is not None:
+                raise ValueError(f"{name}={value!r:.80} cannot be honoured: {_REFUSED[name]}.")
         if isinstance(model, str):
             raise ValueError(f"model={model!r}: pass the model itself, as dgrpo.load_model({model!r}) returns it.")
         if args.kl == "exact" and peft_config is None and not isinstance(model, PeftModel):
             raise ValueError("kl='exact' needs a head that is not trained: give a peft_config, or set kl='k3'.")
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        check_columns(reward_funcs, train_dataset.column_names)
-        is_module = [isinstance(reward, torch.nn.Module | str) for reward in reward_funcs]
-        reward_funcs = [
-            reward if module else guarded(reward, args.reward_timeout)
-            for reward, module in zip(reward_funcs, is_module, strict=True)
-        ]
+        if getattr(processing_class, "mask_token_id", None) is None:
+            raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
+        self.estimator, self.objective = estimator or configured_estimator(args), configured_objective(args)
+        check_combination(self.estimator, self.objective, {name: getattr(args, name) for name in SHARED})
+        columns = check_dataset("train_dataset", train_dataset)
+        reward_funcs = checked_rewards(reward_funcs, ["prompt"] if args.remove_unused_columns else columns, args)
         if args.max_prompt_length is not None:
             train_dataset = without_long_prompts(
                 train_dataset, processing_class, args.max_prompt_length, args.chat_template_kwargs
             )
-        self._rollout: Rollout | None = None
-        self._views: tuple[Tensor, Tensor] | None = None
-        self._loss_inputs: dict | None = None
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-        if self._tokenizer.mask_token_id is None:
-            raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
+        if hasattr(train_dataset, "__len__"):
+            args.check_num_prompts(len(train_dataset))
+            check_references(reward_funcs, args.reward_weights, train_dataset)
+        if peft_config is None:
+            check_policy(model)
+            if args.deepspeed_plugin is None:
+                refuse_16_bit_training(model)
+        # TRL would load the reference again by the policy's name, as another network where the policy was converted or
+        # changed in memory; and it would put its own head for causal scoring over `forward`.
+        with mock.patch.multiple(
+            grpo_trainer,
+            create_model_from_path=lambda *args, **kwargs: copy.deepcopy(model).eval(),
+            add_fused_lm_head=lambda *args, **kwargs: None,
+        ):
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        if args.deepspeed_plugin is None:
+            adapters_to_float32(self.model)
+        self.sampler_config = args.sampler()
+        self.rollout_source = rollout_source or DenoisedRollouts(self.accelerator, args)
+        self.rollout_func = self._sample
+        self._rows_evaluated = 0
+        self.update_guard = self.reward_guard = None
+        if args.max_skipped_updates is not None:
+            decode = self._tokenizer.decode
+            self.update_guard = UpdateGuard(args.max_skipped_updates, args.output_dir, self.accelerator, decode)
+            self.add_callback(self.update_guard)
+        if args.max_failed_rollouts is not None:
+            self.reward_guard = RewardGuard(args.max_failed_rollouts, self.reward_weights.tolist())
         if args.collapse_window:
             self.add_callback(CollapseGuard(args.collapse_window, args.stop_on_collapse))
-        self.sampler_config = args.sampler()
-        self.estimator = estimator or configured_estimator(args)
-        self.objective = None if args.objective is None else configured_objective(args)
-        self._check_parallelism()
 
     @property
     def _mode(self) -> str:
@@ -110,11 +166,21 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         """(prompt, completion, advantage) of the last rollouts of all processes."""
         return list(zip(self._logs["prompt"], self._logs["completion"], self._logs["advantages"], strict=True))
 
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is true on any process."""
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+
+    # The loop: which prompts, how long.
+
     def _get_train_sampler(self, dataset=None) -> EpochSampler:
         sampler = EpochSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
+            batch_size=self.args.prompts_per_rollout,
             repeat_count=self.generate_every,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
@@ -122,42 +188,105 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
         sampler.set_epoch(0)
         return sampler
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        done, asked = self.state.global_step, self.state.max_steps
+        if done == 0 or (done < asked and not self.control.should_training_stop):
+            raise ValueError(
+                f"max_steps={asked}: the run ended after {done} updates: the dataset gave no more batches. Give "
+                "more prompts, or lower per_device_train_batch_size or steps_per_generation."
+            )
+        return result
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._rows_evaluated = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    # Rollouts.
+
+    def _sample(self, prompts: list, trainer: GRPOTrainer) -> dict:
+        """TRL's `rollout_func`: completions cut at their end for TRL, and the rest of the rollout beside them."""
+        device, mode = self.accelerator.device, self._mode
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        started = time.perf_counter()
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
+        ids = [torch.tensor(each) for each in prompt_ids]
+        padded = pad_sequence(ids, True, self._tokenizer.pad_token_id, padding_side="left").to(device)
+        mask = pad_sequence([torch.ones_like(each) for each in ids], True, 0, padding_side="left").to(device)
+        # Global row numbers: the noise of a row does not depend on how many processes share the batch.
+        rows = torch.arange(len(ids), device=device) + self.accelerator.process_index * len(ids)
+        if mode == "eval":
+            rows += self._rows_evaluated
+            self._rows_evaluated += self.accelerator.num_processes * len(ids)
+        keys = row_keys(rows, "rollout", mode, self.args.seed, self._round)
+        self.rollout_source.update(self.model_wrapped, self.state.global_step)
+        rollout = self.rollout_source(padded, mask, self.sampler_config, keys, rows // num_generations)
+        seconds = time.perf_counter() - started
+        every, compare = self.args.agreement_every, getattr(self.rollout_source, "agreement", None)
+        if mode == "train" and self.sampler_config.approximate and compare and every and self._round % every == 0:
+            first = slice(None, None, num_generations)
+            self._log({"rollout/agreement": compare(padded[first], mask[first], self.sampler_config, keys[first])})
+        unit = rollout.group if self.args.whole_groups else rows
+        key = ("views", mode, self.args.seed, self._round)
+        hidden, weights = draw_views(self.estimator, rollout, unit, key, self.num_iterations if mode == "train" else 1)
+        self._log(rollout_metrics(rollout, seconds, self.args.rollout_batch_size, self.accelerator))
+        completions, kept = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": [row[keep].tolist() for row, keep in zip(completions, kept, strict=True)],
+            "logprobs": None,
+            "sampled": _Sampled(rollout, hidden.to(device), weights.to(device)),
+        }
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._metrics[self._mode]["time/rewards"].append(time.perf_counter() - started)
+        rows = [{name: value for name, value in row.items() if name != "sampled"} for row in inputs]
+        rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        self._log({"time/rewards": time.perf_counter() - started})
+        if self.reward_guard is not None and self._mode == "train":
+            self.reward_guard.check(rewards)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        rollout, (hidden, weights) = self._rollout, self._views
-        completion_mask = rollout.completion_mask
-        hidden, weights = hidden.to(completion_mask.device), weights.to(completion_mask.device)
+        rows = [dict(row) for row in inputs]
+        batch = super()._generate_and_score_completions(rows)
+        rollout, hidden, weights = rows[0]["sampled"]
+        kept = rollout.completion_mask
         if self.mask_truncated_completions:
-            ended = torch.isin(rollout.completion_ids, torch.tensor(self.eos_token_ids, device=completion_mask.device))
-            completion_mask = completion_mask & ended.any(1, keepdim=True)
-            weights = weights * completion_mask[:, None, None]
-        # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
-        # would tell the model how long the answer is.
-        batch |= {"completion_ids": rollout.completion_ids, "completion_mask": completion_mask.long()}
-        batch |= {"hidden": hidden, "weights": weights}
-        # The trace: for estimators and objectives of one's own, and for whoever looks into a checkpoint's batch.
+            ends = torch.tensor(self.eos_token_ids, device=kept.device)
+            kept = kept & torch.isin(rollout.completion_ids, ends).any(1, keepdim=True)
+            weights = weights * kept[:, None, None]
         trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy")}
-        batch |= {"group": rollout.group, **trace}
-        self._rollout = self._views = None
-        return batch
+        # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
+        # would tell the model how long the answer is. Its count of tokens takes a last [PAD] for an end of text.
+        return batch | {
+            "completion_ids": rollout.completion_ids,
+            "completion_mask": kept.long(),
+            "num_items_in_batch": self.accelerator.reduce(kept.sum(), "sum"),
+            "hidden": hidden,
+            "weights": weights,
+            "group": rollout.group,
+            # For estimators and objectives of one's own, and for whoever looks into a checkpoint's batch.
+            **{name: value for name, value in trace.items() if value is not None},
+        }
+
+    # What an inner iteration gets.
 
     def _prepare_inputs(self, generation_batch):
         if self._mode == "eval":
             batch = self._generate_and_score_completions(generation_batch)
             return self._slice(self._with_reference(batch), 0)
+        steps = self.args.steps_per_generation
         if self._step % self.generate_every == 0 or self._buffered_inputs is None:
             batch = self._shuffled(self._generate_and_score_completions(generation_batch))
             started = time.perf_counter()
-            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            size = len(batch["group"]) // steps
+            parts = [
+                {key: value[at : at + size] if value.dim() else value for key, value in batch.items()}
+                for at in range(0, steps * size, size)
+            ]
             self._buffered_inputs = [self._with_reference(self._with_old(part)) for part in parts]
-            self._metrics["train"]["time/scoring"].append(time.perf_counter() - started)
-        steps = self.args.steps_per_generation
+            self._log({"time/scoring": time.perf_counter() - started})
         # Passes over the generation batch, not micro-batches: each micro-batch meets every draw exactly once.
         iteration = (self._step // steps) % self.num_iterations
         return self._slice(self._buffered_inputs[self._step % steps], iteration)
@@ -172,21 +301,19 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
 
     @property
     def _draws_before_update(self) -> int:
-        """Inner iterations that are over before the first optimizer step: their old policy is the current one."""
+        """Number of inner iterations before the first optimizer step; their ratio is 1 by construction."""
         accumulation, steps = self.args.gradient_accumulation_steps, self.args.steps_per_generation
         aligned = self.generate_every % accumulation == 0 or accumulation % self.generate_every == 0
         return min(accumulation // steps, self.num_iterations) if aligned else 0
 
     def _with_old(self, batch: dict) -> dict:
         """`batch` with old_per_token_logps [B, mu, C] of this policy; skipped iterations are left at 0."""
-        first = self._draws_before_update
-        if first >= self.num_iterations or self.args.objective in WITHOUT_RATIO:
+        first, read = self._draws_before_update, facts_of(self.objective).old_policy
+        if first >= self.num_iterations or read is None:
             return batch
         per_view = self._logps_of_draws(self.model, batch, first)
         old = {"old_per_token_logps": (batch["weights"] * per_view).sum(2)}
-        if self.args.objective == "bgpo":
-            old["old_logps_per_view"] = per_view
-        return batch | old
+        return batch | old | ({"old_logps_per_view": per_view} if read == "per_view" else {})
 
     def _with_reference(self, batch: dict) -> dict:
         """`batch` with ref_per_token_logps [B, mu, C]: the reference model's, or this one's without its adapter."""
@@ -208,36 +335,8 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
     def _watches_kl(self) -> bool:
         """Whether the KL is a metric only; without an adapter there is no reference model to compare with."""
         return (
-            self.args.log_kl
-            and self.args.beta == 0.0
-            and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+            self.args.log_kl and self.beta == 0.0 and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         )
-
-    @torch.no_grad()
-    def _logps_of_draws(self, model, batch: dict, first: int = 0) -> Tensor:
-        """[B, mu, N, C]: each draw in a call of its own, on the rows of the update, so that rounding agrees."""
-        logps = torch.zeros_like(batch["weights"])
-        for draw in range(first, logps.shape[1]):
-            logps[:, draw] = self._score(
-                model, batch, MaskedViews(batch["hidden"][:, draw], batch["weights"][:, draw])
-            )[0]
-        return logps
-
-    def _score(self, model, batch: dict, views: MaskedViews, as_reference=None) -> ViewScores:
-        """log p(token | picture) under `views`, [B, N, C], the entropies and, against a reference, the KL there."""
-        with self.accelerator.autocast():
-            return score_views(
-                model,
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                batch["completion_ids"],
-                views,
-                mask_token_id=self._tokenizer.mask_token_id,
-                temperature=self.args.score_temperature,
-                views_per_pass=self.args.views_per_pass,
-                entropy_grad=self._entropy_bonus_enabled,
-                as_reference=as_reference,
-            )
 
     def _slice(self, batch: dict, iteration: int) -> dict:
         """What one inner iteration sees of the batch."""
@@ -257,86 +356,143 @@ class DiffuGRPOTrainer(DenoisesRollouts, ExactResume, SkipsBadUpdates, GRPOTrain
     @property
     def _skips_idle_rows(self) -> bool:
         """Rows with advantage 0 have no gradient when nothing but the advantage drives the loss."""
-        return not (self.args.beta != 0.0 or self._entropy_drives_the_loss or self.args.objective)
+        entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        return facts_of(self.objective).advantage_is_factor and self.beta == 0.0 and not entropy
 
-    @property
-    def _entropy_drives_the_loss(self) -> bool:
-        return self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+    # Scores and loss.
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        return None, None, None
+
+    @torch.no_grad()
+    def _logps_of_draws(self, model, batch: dict, first: int = 0) -> Tensor:
+        """[B, mu, N, C]: each draw in a call of its own, on the rows of the update, so that rounding agrees."""
+        logps = torch.zeros_like(batch["weights"])
+        for draw in range(first, logps.shape[1]):
+            logps[:, draw] = self._score(
+                model, batch, MaskedViews(batch["hidden"][:, draw], batch["weights"][:, draw])
+            )[0]
+        return logps
+
+    def _score(self, model, batch: dict, views: MaskedViews, as_reference=None) -> ViewScores:
+        """log p(token | canvas) under `views`, [B, N, C], the entropies and, against a reference, the KL there."""
+        with self.accelerator.autocast():
+            return score_views(
+                model,
+                batch["prompt_ids"],
+                batch["prompt_mask"],
+                batch["completion_ids"],
+                views,
+                mask_token_id=self._tokenizer.mask_token_id,
+                temperature=self.args.score_temperature,
+                views_per_pass=self.args.views_per_pass,
+                entropy_grad=self._entropy_bonus_enabled,
+                as_reference=as_reference,
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self._compute_loss(model, inputs)
+        guarded = self.update_guard is not None and self._mode == "train"
+        return self.update_guard.watched(inputs, loss) if guarded else loss
 
     def _compute_loss(self, model, inputs):
-        if self.args.objective is not None:
-            return self._objective_loss(model, inputs)
-        self._loss_inputs = inputs
-        # TRL's own KL term is the estimate from sampled tokens.
-        self.beta = self.args.beta if self.args.kl == "k3" else 0.0
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self._loss_inputs, self.beta = None, self.args.beta
-        if self.args.kl == "exact":
-            accumulated = self.current_gradient_accumulation_steps if self._mode == "train" else 1.0
-            loss = loss + self.beta * self._divergence / accumulated
-            self._metrics[self._mode]["kl"].append(self.accelerator.gather(self._divergence.detach()).mean().item())
-        if self._metrics[self._mode]["entropy"][-1] == 0.0:
-            # Every row was skipped, on all processes: not an entropy of 0, but none.
-            self._metrics[self._mode]["entropy"].pop()
-        return loss
-
-    def _objective_loss(self, model, inputs: dict) -> Tensor:
-        """The loss of `args.objective`, averaged over the accumulated micro-batches; its metrics are logged."""
         views = MaskedViews(inputs["hidden"], inputs["weights"])
-        logps, entropies, _ = self._score(model, inputs, views)
+        scores = self._score(model, inputs, views, self._as_reference if self.args.kl == "exact" else None)
+        training, weights = self._mode == "train", views.weights
+        # Tokens of the generation batch in all processes, as a mean over its micro-batches.
+        parts = self.accelerator.num_processes * (self.args.steps_per_generation if training else 1)
+        divergences = None
+        if scores.divergences is not None:
+            divergences = (weights * scores.divergences).sum(1) / weights.sum(1).clamp(min=1e-9)
         batch = ObjectiveInputs(
-            logps_per_view=logps,
-            weights=views.weights,
+            logps_per_view=scores.logps,
+            weights=weights,
             old_logps=inputs.get("old_per_token_logps"),
             ref_logps=inputs.get("ref_per_token_logps"),
             advantages=inputs["advantages"],
             completion_mask=inputs["completion_mask"].bool(),
             group=inputs["group"],
             old_logps_per_view=inputs.get("old_logps_per_view"),
+            entropies=mean_entropy(scores.entropies, views),
+            divergences=divergences,
+            tokens_per_batch=inputs["num_items_in_batch"].clamp(min=1) / parts,
+            gather=self._gather,
         )
-        loss, found = self.objective(batch)
+        # The one setting that moves during a run; None: nothing is to be measured for it.
+        takes_bonus = "entropy_coef" in inspect.signature(self.objective).parameters
+        bonus = {"entropy_coef": self._entropy_coef if self._entropy_bonus_enabled else None} if takes_bonus else {}
+        loss, metrics = self.objective(batch, **bonus)
+        scored = (weights != 0).any(1)
+        metrics["entropy"] = torch.stack([(batch.entropies * scored).sum(), scored.sum()])
         if self._watches_kl:
-            self._log_kl(batch.logps, inputs)
-        scored = (views.weights != 0).any(1)
-        found = found | {"entropy": mean_entropy(entropies, views).detach().sum() / scored.sum().clamp(min=1)}
-        for name, value in found.items():
-            name = {"clip_ratio": "clip_ratio/region_mean"}.get(name, name)
-            self._metrics[self._mode][name].append(self.accelerator.gather(value.detach().float()).mean().item())
-        return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1.0)
+            metrics["kl"] = self._kl_to_reference(batch, scored)
+        self._record(metrics)
+        if self._entropy_bonus_enabled and training:
+            self._adapt_entropy_coef(metrics["bonus_entropy"])
+        return loss / (self.current_gradient_accumulation_steps if training else 1.0)
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
-    ):
-        # While rollouts are being scored TRL asks for log-probabilities of its own, cut canvas; `_prepare_inputs`
-        # computes them on the full one afterwards.
-        if self._loss_inputs is None:
-            return None, None, None
-        inputs = self._loss_inputs
-        views = MaskedViews(inputs["hidden"], inputs["weights"])
-        as_reference = self._as_reference if self.args.kl == "exact" else None
-        per_view, entropies_per_view, divergences = self._score(model, inputs, views, as_reference)
-        if divergences is not None:
-            self._divergence = (views.weights * divergences).sum() / views.weights.sum().clamp(min=1)
-        logps, entropies = (views.weights * per_view).sum(1), mean_entropy(entropies_per_view, views)
-        if self._watches_kl:
-            self._log_kl(logps, inputs)
-        if not self._entropy_drives_the_loss:
-            # A metric only, which TRL averages over all tokens: those that no picture scored take the others' average.
-            scored = (views.weights != 0).any(1)
-            total, count = self.accelerator.reduce(torch.stack([entropies.sum(), scored.sum()]), "sum")
-            entropies = torch.where(scored, entropies, total / count.clamp(min=1))
-        return logps, entropies, None
+    def _gather(self, values: Tensor) -> Tensor:
+        """The values [n] of all processes, of which each may have another number."""
+        numbered = self.accelerator.pad_across_processes(values, pad_index=float("nan"))
+        gathered = self.accelerator.gather(numbered)
+        return gathered[~gathered.isnan()]
 
-    def _log_kl(self, logps: Tensor, inputs: dict) -> None:
-        """Logs the KL to the reference per scored token; nothing where every row was skipped."""
-        scored, reference = (inputs["weights"] != 0).any(1), inputs["ref_per_token_logps"]
-        if self.args.estimator in DRAWS:
+    def _kl_to_reference(self, batch: ObjectiveInputs, scored: Tensor) -> Tensor:
+        """[total, count] of the KL per scored token."""
+        assert batch.ref_logps is not None
+        logps = batch.logps.detach()
+        if facts_of(self.estimator).draws:
             # Weighted terms mean something only once summed, which the plain log-ratio is.
-            divergence, count = kl_k1(logps.detach(), reference), inputs["weights"].sum()
-        else:
-            divergence, count = kl_k3(logps.detach(), reference), scored.sum()
-        total, count = self.accelerator.reduce(torch.stack([(divergence * scored).sum(), count]), "sum").tolist()
-        if count:
-            self._metrics[self._mode]["kl"].append(total / count)
+            return torch.stack([(kl_k1(logps, batch.ref_logps) * scored).sum(), batch.weights.sum()])
+        return torch.stack([(kl_k3(logps, batch.ref_logps) * scored).sum(), scored.sum()])
+
+    def _record(self, metrics: Metrics) -> None:
+        """Logs an objective's metrics over all processes: scalars averaged, [total, count] divided."""
+        pairs = [value if value.dim() else torch.stack([value, torch.ones_like(value)]) for value in metrics.values()]
+        totals = self.accelerator.reduce(torch.stack([pair.detach().float() for pair in pairs]), "sum").tolist()
+        self._log({name: total / count for name, (total, count) in zip(metrics, totals, strict=True) if count})
+
+    @property
+    def _entropy_coef(self) -> float:
+        """The weight of the entropy bonus, which the adaptive one pays only while the entropy is below its target."""
+        return (
+            0.0
+            if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target
+            else self.entropy_coef
+        )
+
+    def _adapt_entropy_coef(self, entropy: Tensor) -> None:
+        """Moves the coefficient by a step after each update, by the entropy [total, count] of its micro-batches."""
+        update_ends = self.accelerator.sync_gradients
+        if self.use_adaptive_entropy:
+            before = self._entropy_window_stats
+            self._entropy_window_stats = entropy if before is None else before + entropy
+            if update_ends:
+                total, count = self.accelerator.reduce(self._entropy_window_stats, "sum").tolist()
+                self._last_world_entropy, self._entropy_window_stats = total / max(count, 1.0), None
+                low = self._last_world_entropy <= self.args.entropy_target
+                step = self.args.entropy_coef_delta if low else -self.args.entropy_coef_delta
+                lowest, highest = self.args.entropy_coef_min, self.args.entropy_coef_max
+                moved = self.entropy_coef + step
+                self.entropy_coef = min(moved, highest) if low else max(moved, lowest)
+        if update_ends:
+            self._log({"entropy_coef": self.entropy_coef})
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.update_guard is not None:
+            skipped = self.update_guard.skips(model, float(norm), self.state.global_step + 1)
+            self._log({"skipped_updates": float(skipped)})
+        return norm
+
+
+def check_dataset(name: str, dataset) -> list[str]:
+    """The dataset's columns; ValueError where it is no dataset of prompts."""
+    if (columns := getattr(dataset, "column_names", None)) is None:
+        raise ValueError(
+            f"{name}={type(dataset).__name__}: give a datasets.Dataset with a column 'prompt'; Dataset.from_list "
+            "makes one of a list of rows, or of a stream that does not know its columns."
+        )
+    if "prompt" not in columns:
+        raise ValueError(f"{name}: there is no column 'prompt' among {sorted(columns)}; rename the one that asks.")
+    return columns

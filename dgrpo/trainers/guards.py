@@ -1,12 +1,14 @@
 """What keeps a run alive, or stops it in time, when its numbers go wrong."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -23,49 +25,50 @@ class _MicroBatch(NamedTuple):
     loss: float
 
 
-class SkipsBadUpdates:
-    """What it adds to TRL's GRPOTrainer: an update with a NaN or infinite loss or gradient is not made.
+class UpdateGuard(TrainerCallback):
+    """An update with a NaN or infinite loss or gradient is not made; weights that become NaN end the run.
 
-    Its batch is named and kept in `bad_batches`; `max_skipped_updates` in a row end the run.
+    The batch of a skipped update is named and kept in `bad_batches`; `limit` skipped updates in a row end the run.
     """
 
-    _skipped_in_a_row = 0
-
-    def __init__(self, *args, **kwargs):
+    def __init__(self, limit: int, output_dir: str, accelerator: Accelerator, decode: Callable[[Tensor], str]):
+        self.limit, self.folder = limit, Path(output_dir) / "bad_batches"
+        self.accelerator, self.decode = accelerator, decode
+        self.skipped_in_a_row = 0
         self._update: list[_MicroBatch] = []
         self._num_kept = 0
-        super().__init__(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.args.max_skipped_updates is None or self._mode != "train":
-            return loss
-        value = float(loss.detach())
-        self._update.append(_MicroBatch(inputs, value))
-        # Its gradient may happen to be finite; made NaN it shows on every process, and under ZeRO, in the norm.
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run must know."""
+        return {"skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+    def watched(self, inputs: dict, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch; where it is not finite, one whose gradient is NaN."""
+        self._update.append(_MicroBatch(inputs, float(loss.detach())))
+        # Poison the gradient too: a NaN survives the all-reduce, so every rank sees it in the norm.
         return loss if torch.isfinite(loss) else loss * torch.nan
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The norm; where it is not finite the gradient is gone when the optimizer comes to it."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self.args.max_skipped_updates is None:
-            return norm
+    def skips(self, model: nn.Module, norm: float, step: int) -> bool:
+        """Whether update `step` is left out, which its gradient's norm tells; the gradient is gone then."""
         # DeepSpeed has come to its step by now, and found the same; its sharded optimizers skip it themselves.
-        bad = self.accelerator.optimizer_step_was_skipped or not torch.isfinite(torch.as_tensor(float(norm)))
-        self._metrics["train"]["skipped_updates"].append(float(bad))
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
+        bad = self.accelerator.optimizer_step_was_skipped or not math.isfinite(norm)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         if bad:
             model.zero_grad()
-            self._keep_and_tell(float(norm))
+            self._keep(norm, step)
         self._update = []
-        return norm
+        return bad
 
-    def _keep_and_tell(self, norm: float) -> None:
-        step, rank = self.state.global_step + 1, self.accelerator.process_index
-        bad = [number for number, each in enumerate(self._update) if not torch.isfinite(torch.tensor(each.loss))]
-        path = Path(self.args.output_dir) / "bad_batches" / f"update_{step}_process_{rank}"
+    def _keep(self, norm: float, step: int) -> None:
+        rank = self.accelerator.process_index
+        bad = [number for number, each in enumerate(self._update) if not math.isfinite(each.loss)]
+        path = self.folder / f"update_{step}_process_{rank}"
         # Where every loss is finite it cannot be told whose gradient was not: all processes keep what they had.
-        located = self.any_process(bool(bad))
+        flag = torch.tensor([bool(bad)], device=self.accelerator.device)
+        located = self.accelerator.gather(flag).any()
         if (bad or not located) and self._num_kept < MAX_KEPT:
             self._num_kept += 1
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,17 +81,16 @@ class SkipsBadUpdates:
                 f"process {rank}, gradient norm {norm}. The batch is kept in {path}.json and .pt; it begins with "
                 f"{texts[bad[0] if bad else 0]['rows'][0]['prompt'][-80:]!r}."
             )
-        if self._skipped_in_a_row >= self.args.max_skipped_updates:
+        if self.skipped_in_a_row >= self.limit:
             raise FloatingPointError(
-                f"max_skipped_updates={self.args.max_skipped_updates}: so many updates in a row had a NaN or infinite "
-                f"loss or gradient, the last one update {step}. Their batches are in {path.parent}. The weights are "
-                "as they were before. Lower learning_rate or max_grad_norm, look at the rewards, or resume from an "
-                "earlier checkpoint."
+                f"max_skipped_updates={self.limit}: so many updates in a row had a NaN or infinite loss or gradient, "
+                f"the last one update {step}. Their batches are in {path.parent}, the weights as they were before: "
+                "lower learning_rate or max_grad_norm, look at the rewards, or resume from an earlier checkpoint."
             )
 
     def _in_words(self, micro_batch: _MicroBatch) -> dict:
         """A micro-batch to read: its loss and, row by row, prompt, completion and advantage."""
-        inputs, decode = micro_batch.inputs, self._tokenizer.decode
+        inputs = micro_batch.inputs
         rows = zip(
             inputs["prompt_ids"].cpu(),
             inputs["prompt_mask"].bool().cpu(),
@@ -98,10 +100,48 @@ class SkipsBadUpdates:
             strict=True,
         )
         texts = [
-            {"prompt": decode(prompt[shown]), "completion": decode(completion[kept]), "advantage": advantage}
+            {"prompt": self.decode(prompt[shown]), "completion": self.decode(completion[kept]), "advantage": advantage}
             for prompt, shown, completion, kept, advantage in rows
         ]
         return {"loss": str(micro_batch.loss), "rows": texts}
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """After the step and before a checkpoint: weights that are NaN or infinite must not be saved."""
+        norm = torch.nn.utils.get_total_norm([each.detach() for each in model.parameters() if each.requires_grad])
+        if self.accelerator.reduce(norm.float(), "sum").isfinite():
+            return
+        raise FloatingPointError(
+            f"Update {state.global_step + 1} made weights NaN or infinite, from a finite gradient; no checkpoint has "
+            f"them. Lower learning_rate={args.learning_rate} or weight_decay={args.weight_decay}, and resume from the "
+            "last checkpoint."
+        )
+
+
+class RewardGuard:
+    """Ends a run whose rewards give no value at all, for any row, in `limit` rollouts in a row."""
+
+    def __init__(self, limit: int, weights: Sequence[float]):
+        # What counts for nothing must not hide that nothing counts.
+        self.limit, self.counted = limit, [index for index, weight in enumerate(weights) if weight != 0]
+        self.failed_in_a_row = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run must know."""
+        return {"failed_in_a_row": self.failed_in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.failed_in_a_row = state["failed_in_a_row"]
+
+    def check(self, rewards: Tensor) -> None:
+        """RuntimeError at the last of so many rollouts; `rewards` [rows of all processes, functions], NaN for None."""
+        nothing = bool(rewards[:, self.counted].isnan().all())
+        self.failed_in_a_row = self.failed_in_a_row + 1 if nothing else 0
+        if self.failed_in_a_row >= self.limit:
+            raise RuntimeError(
+                f"max_failed_rollouts={self.limit}: for so many rollouts in a row no reward gave a value for any row, "
+                "so nothing was learned. The log has the first traceback of each reward; look at its arguments, its "
+                "time limit (reward_timeout) and the dataset's references."
+            )
 
 
 class CollapseGuard(TrainerCallback):

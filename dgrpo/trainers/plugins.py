@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from torch import Tensor
 
 from dgrpo.estimators import ESTIMATORS
-from dgrpo.objectives import OBJECTIVES, ObjectiveInputs
+from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, name_of
 from dgrpo.views import MaskedViews
 
 REWARD_GROUP = "dgrpo.rewards"
@@ -39,47 +39,56 @@ def resolve_reward(name: str) -> Callable:
     return offered[name].load()
 
 
-def resolve_estimator(name: str) -> Callable:
+def resolve_estimator(name: str) -> Callable[..., MaskedViews]:
     """The estimator of this name, or `package.module:function`."""
+    return _resolve("estimator", name, ESTIMATORS)
+
+
+def resolve_objective(name: str) -> Callable[..., tuple[Tensor, Metrics]]:
+    """The objective of this name, or `package.module:function`."""
+    return _resolve("objective", name, OBJECTIVES)
+
+
+def _resolve(setting: str, name: str, own: dict[str, Callable]) -> Callable:
     if ":" in name:
-        return load_function("estimator", name)
-    if name not in ESTIMATORS:
-        raise ValueError(f"estimator={name!r}: choose {', '.join(ESTIMATORS)} or package.module:function.")
-    return ESTIMATORS[name]
+        return load_function(setting, name)
+    if name not in own:
+        raise ValueError(f"{setting}={name!r}: choose {', '.join(own)} or package.module:function.")
+    return own[name]
 
 
-def configured_objective(args) -> Callable[[ObjectiveInputs], tuple[Tensor, dict[str, Tensor]]]:
-    """The objective with its settings; those that it shares with TRL (epsilon, beta) are TRL's fields."""
-    objective = OBJECTIVES[args.objective]
-    shared = {name: getattr(args, name) for name in ("epsilon", "epsilon_high", "beta")}
-    return partial(objective, **_accepted(objective, shared) | (args.objective_kwargs or {}))
+def configured_objective(args) -> Callable[..., tuple[Tensor, Metrics]]:
+    """The objective with its settings: those it shares with the config, where they are set, and objective_kwargs."""
+    return _configured(resolve_objective(args.objective), args, SHARED, args.objective_kwargs)
 
 
 def configured_estimator(args) -> Callable[..., MaskedViews]:
     """The estimator with its settings; those that it shares with the config are the config's fields."""
-    estimator = resolve_estimator(args.estimator)
-    shared = {name: getattr(args, name) for name in ("p_mask_prompt", "prompt_mask_scope", "block_length")}
-    return partial(estimator, **_accepted(estimator, shared) | (args.estimator_kwargs or {}))
+    shared = ("p_mask_prompt", "prompt_mask_scope", "block_length")
+    return _configured(resolve_estimator(args.estimator), args, shared, args.estimator_kwargs)
 
 
-def check_settings(args) -> None:
-    """ValueError where estimator_kwargs or objective_kwargs name what the function does not take."""
-    functions = {"estimator_kwargs": resolve_estimator(args.estimator)}
-    if args.objective is not None:
-        functions["objective_kwargs"] = OBJECTIVES[args.objective]
-    elif args.objective_kwargs:
-        raise ValueError(f"objective_kwargs={args.objective_kwargs!r} without an objective; set objective.")
-    for name, function in functions.items():
+def _configured(function: Callable, args, shared: tuple[str, ...], own: dict | None) -> Callable:
+    """The function with those of the config's `shared` settings that it takes and that are not None, and `own`."""
+    taken = [name for name in shared if name in inspect.signature(function).parameters]
+    return partial(
+        function, **{name: value for name in taken if (value := getattr(args, name)) is not None} | (own or {})
+    )
+
+
+def check_plugins(args) -> None:
+    """ValueError where estimator and objective do not go together, or their kwargs name what they do not take."""
+    estimator, objective = resolve_estimator(args.estimator), resolve_objective(args.objective)
+    check_combination(estimator, objective, {name: getattr(args, name) for name in SHARED})
+    for name, function in (("estimator_kwargs", estimator), ("objective_kwargs", objective)):
+        given = getattr(args, name) or {}
+        if shared := sorted(set(given) & set(SHARED)):
+            raise ValueError(f"{name}={given!r}: {', '.join(shared)} is a setting beside {name}; set it there.")
         parameters = inspect.signature(function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "generator"]
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", *SHARED)]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not takes_all and (unknown := sorted(set(getattr(args, name) or {}) - set(known))):
+        if not takes_all and (unknown := sorted(set(given) - set(known))):
             raise ValueError(
-                f"{name}={getattr(args, name)!r}: {function.__name__} has no {', '.join(unknown)}; its settings are "
+                f"{name}={given!r}: {name_of(function)} has no {', '.join(unknown)}; its settings are "
                 f"{', '.join(known) or 'none'}."
             )
-
-
-def _accepted(function: Callable, settings: dict) -> dict:
-    """Those of `settings` that are parameters of the function."""
-    return {name: value for name, value in settings.items() if name in inspect.signature(function).parameters}

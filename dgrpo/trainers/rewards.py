@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers.utils import logging
@@ -29,16 +30,74 @@ def required_columns(reward: Callable) -> list[str]:
     return [p.name for p in parameters if p.kind in named and p.default is p.empty and p.name not in given]
 
 
+# What TRL passes beside the dataset's columns, of which none may have such a name.
+_PASSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+
+
 def check_columns(rewards: list, columns: list[str]) -> None:
-    """ValueError where a reward asks for a column that the dataset does not have."""
+    """ValueError where a reward cannot be called with the dataset's columns and what TRL passes beside them."""
+    if taken := sorted(set(_PASSED) & set(columns)):
+        raise ValueError(f"dataset: the columns {taken} have names that rewards get as arguments; rename them.")
     for reward in rewards:
-        if not callable(reward) or isinstance(reward, nn.Module):
+        if isinstance(reward, str) or hasattr(reward, "config"):
             continue
+        if isinstance(reward, nn.Module) or not callable(reward):
+            raise ValueError(
+                f"reward_funcs: {type(reward).__name__} is neither a function nor a model of transformers; wrap it in "
+                "a function (prompts, completions, **columns) -> list of numbers."
+            )
+        name = get_callable_name(reward)
         if missing := [c for c in required_columns(reward) if c not in columns]:
             raise ValueError(
-                f"reward_funcs: {get_callable_name(reward)} asks for the columns {missing}, which the dataset lacks; "
-                f"it has {sorted(columns)}."
+                f"reward_funcs: {name} asks for the columns {missing}, which the dataset lacks; it has "
+                f"{sorted(columns)} (remove_unused_columns=True would leave 'prompt' alone)."
             )
+        passed = {*_PASSED, "completion_ids", *columns} - {"prompt", "completion"}
+        try:
+            inspect.signature(reward).bind(**dict.fromkeys(passed))
+        except TypeError as error:
+            raise ValueError(
+                f"reward_funcs: {name} cannot be called by keyword with {', '.join(sorted(passed))}: {error}. Give it "
+                "the arguments (prompts, completions, **columns)."
+            ) from error
+
+
+def checked_rewards(rewards: Any, columns: list[str], args: Any) -> list:
+    """The rewards as a list, each able to be called and unable to end the run by raising or hanging."""
+    rewards = rewards if isinstance(rewards, list | tuple) else [] if rewards is None else [rewards]
+    if not rewards:
+        raise ValueError(f"reward_funcs={rewards!r}: give a function (prompts, completions, **columns), or several.")
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+        raise ValueError(f"reward_weights={args.reward_weights}: give one for each of the {len(rewards)} rewards.")
+    check_columns(rewards, columns)
+    is_model = [isinstance(reward, nn.Module | str) for reward in rewards]
+    return [
+        each if model else guarded(each, args.reward_timeout) for each, model in zip(rewards, is_model, strict=True)
+    ]
+
+
+def check_references(rewards: list, weights: list[float] | None, dataset: Any) -> None:
+    """ValueError where no row has a value in the columns that a reward asks for; says where only some have.
+
+    Rewards of weight 0 do not count.
+    """
+    asked = {}
+    for reward, weight in zip(rewards, weights or [1.0] * len(rewards), strict=True):
+        needed = [] if isinstance(reward, nn.Module | str) else required_columns(reward)
+        if weight != 0:
+            asked[get_callable_name(reward) if needed else ""] = needed
+    usable = {}
+    for name, needed in asked.items():
+        columns = zip(*(dataset[column] for column in needed), strict=True) if needed else []
+        usable[name] = sum(None not in row for row in columns) if needed else len(dataset)
+        if usable[name] < len(dataset):
+            logger.warning(
+                f"{len(dataset) - usable[name]} of {len(dataset)} rows lack {needed}, which {name} asks for."
+            )
+    if not any(usable.values()):
+        raise ValueError(
+            f"dataset: no row has a value in what the rewards ask for ({asked}), so nothing can be learned."
+        )
 
 
 class _TookTooLong(BaseException):

@@ -1,115 +1,111 @@
-"""Rollouts inside TRL's trainer: denoised, with the trace of how, the views drawn on them, and what they cost."""
+"""Where rollouts come from, and what is logged of them.
 
-import time
-from contextlib import nullcontext
-from typing import Any
+Shapes: B rollouts of this process, P prompt tokens (padded on the left), C completion tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
+from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import pad
 
 from dgrpo.models.adapters import merged_adapters
-from dgrpo.noise import row_keys
-from dgrpo.sampling import agreement, generate
-from dgrpo.views import draw_views
+from dgrpo.sampling import Rollout, SamplerConfig, agreement, generate
 
-# Prompts of a process on which a shortcut is compared with the exact sampler.
+# Prompts of a process on which a shortcut is compared with the exact sampler: enough for two digits, a small share of
+# a rollout's time.
 AGREEMENT_PROMPTS = 4
 
 
-class DenoisesRollouts:
-    """The part of DiffuGRPOTrainer that takes the place of TRL's generation."""
+class RolloutSource(Protocol):
+    """Samples completions for the trainer: `DenoisedRollouts`, or one of your own (`rollout_source=`)."""
 
-    accelerator: Any
-    args: Any
-    model: Any
-    # Rows of the evaluation that is going on: its batches draw on from each other.
-    _rows_evaluated = 0
+    def update(self, model: Any, step: int) -> None:
+        """Called before each round of rollouts: the policy's network, and how many updates it has had."""
 
-    def evaluation_loop(self, *args, **kwargs):
-        self._rows_evaluated = 0
-        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, config: SamplerConfig, row_keys: Tensor, group: Tensor
+    ) -> Rollout:
+        """Completions of the prompts [B, P]; `row_keys` [B] decide the noise, `group` [B] numbers the prompts."""
 
-    def _check_parallelism(self) -> None:
-        plugin = self.accelerator.state.deepspeed_plugin
-        partitioned = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        if self.args.merge_adapter_for_rollouts and partitioned:
+
+class DenoisedRollouts:
+    """Rollouts denoised by the policy itself, on the process that trains it."""
+
+    def __init__(self, accelerator: Accelerator, args: Any):
+        self.accelerator, self.args = accelerator, args
+        self._distributed = DistributedBackend(accelerator)
+        fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
+        deepspeed = accelerator.state.deepspeed_plugin
+        if args.merge_adapter_for_rollouts and (fsdp or (deepspeed is not None and deepspeed.zero_stage == 3)):
             raise ValueError(
                 "merge_adapter_for_rollouts=True: under ZeRO-3 and FSDP the base weights are in pieces; leave it off."
             )
+        # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
+        self._any_rank = self.any_process if fsdp or not args.ds3_gather_for_generation else bool
+
+    def update(self, model: Any, step: int) -> None:
+        self._model = model
 
     def any_process(self, flag: bool) -> bool:
         """Whether the flag is true on any process."""
         return bool(self.accelerator.gather(torch.tensor([flag], device=self.accelerator.device)).any())
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        device = self.accelerator.device
-        started = time.perf_counter()
-        prompts = [torch.tensor(ids) for ids in prompt_ids]
-        padded = pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
-        mask = pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left").to(device)
-        # Global row numbers: the noise of a row does not depend on how many processes share the batch.
-        rows = torch.arange(len(prompts), device=device) + self.accelerator.process_index * len(prompts)
-        if self._mode == "eval":
-            rows += self._rows_evaluated
-            self._rows_evaluated += self.accelerator.num_processes * len(prompts)
-        # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
-        partitioned = self.is_fsdp_enabled or not self.args.ds3_gather_for_generation
+    @contextmanager
+    def _policy(self) -> Iterator[Any]:
+        """The network as it is sampled from: unwrapped, gathered where asked, its adapter merged where asked."""
         with (
             unwrap_model_for_generation(
-                self.model_wrapped,
+                self._model,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as unwrapped,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self._distributed.summon_full_params(self._model, recurse=False),
             merged_adapters(unwrapped) if self.args.merge_adapter_for_rollouts else nullcontext(),
         ):
-            how = {
-                "row_keys": row_keys(rows, "rollout", self._mode, self.args.seed, self._round),
-                "any_rank": self.any_process if partitioned else bool,
-            }
-            self._rollout = generate(
-                unwrapped,
-                padded,
-                mask,
-                self.sampler_config,
-                group=rows // num_generations,
+            yield unwrapped
+
+    def __call__(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, config: SamplerConfig, row_keys: Tensor, group: Tensor
+    ) -> Rollout:
+        with self._policy() as policy:
+            return generate(
+                policy,
+                prompt_ids,
+                prompt_mask,
+                config,
+                row_keys=row_keys,
+                group=group,
                 batch_size=self.args.rollout_batch_size,
-                **how,
+                any_rank=self._any_rank,
             )
-            seconds = time.perf_counter() - started
-            if self._measures_agreement:
-                few = slice(None, None, num_generations)
-                few_prompts = (padded[few][:AGREEMENT_PROMPTS], mask[few][:AGREEMENT_PROMPTS])
-                how["row_keys"] = how["row_keys"][few][:AGREEMENT_PROMPTS]
-                shared = agreement(unwrapped, *few_prompts, self.sampler_config, **how)
-                self._metrics[self._mode]["rollout/agreement"].append(shared)
-        unit = self._rollout.group if self.args.whole_groups else rows
-        num_draws = self.num_iterations if self._mode == "train" else 1
-        key = ("views", self._mode, self.args.seed, self._round)
-        self._views = draw_views(self.estimator, self._rollout, unit, key, num_draws)
-        self._log_rollout(seconds)
-        ids, ended = self._rollout.completion_ids.cpu(), self._rollout.completion_mask.cpu()
-        return [row[keep].tolist() for row, keep in zip(ids, ended, strict=True)], None
 
-    @property
-    def _measures_agreement(self) -> bool:
-        """Whether these rollouts are compared with the exact sampler's, as some are where a shortcut is taken."""
-        every = self.args.agreement_every
-        return self._mode == "train" and self.sampler_config.approximate and every > 0 and self._round % every == 0
+    def agreement(self, prompt_ids: Tensor, prompt_mask: Tensor, config: SamplerConfig, row_keys: Tensor) -> float:
+        """Share of tokens of a few prompts, one row of each given, that the config's shortcuts leave as they were."""
+        few = slice(AGREEMENT_PROMPTS)
+        with self._policy() as policy:
+            return agreement(
+                policy, prompt_ids[few], prompt_mask[few], config, row_keys=row_keys[few], any_rank=self._any_rank
+            )
 
-    def _log_rollout(self, seconds: float) -> None:
-        rollout, metrics = self._rollout, self._metrics[self._mode]
-        num_tokens = rollout.completion_mask.sum()
-        distinct = torch.cat([rollout.group[:, None], rollout.completion_ids], 1).unique(dim=0)
-        totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float()])
-        num_tokens, num_distinct = self.accelerator.reduce(totals, "sum").tolist()
-        num_rows = len(rollout.completion_ids) * self.accelerator.num_processes
-        metrics["time/rollout"].append(seconds)
-        metrics["tokens_per_second"].append(num_tokens / seconds)
-        metrics["rollout/forwards"].append(float(rollout.num_forwards))
-        batch = min(self.args.rollout_batch_size or len(rollout.completion_ids), len(rollout.completion_ids))
-        local_tokens = rollout.completion_mask.sum().item()
-        metrics["rollout/forwards_per_token"].append(rollout.num_forwards * batch / local_tokens)
-        metrics["rollout/distinct_completions"].append(num_distinct / num_rows)
+
+def rollout_metrics(rollout: Rollout, seconds: float, batch_size: int | None, accelerator: Accelerator) -> dict:
+    """What a round of rollouts cost, and how many of its completions differ, over all processes."""
+    num_tokens = rollout.completion_mask.sum()
+    distinct = torch.cat([rollout.group[:, None], rollout.completion_ids], 1).unique(dim=0)
+    totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float()])
+    all_tokens, num_distinct = accelerator.reduce(totals, "sum").tolist()
+    num_rows = len(rollout.completion_ids)
+    rows_at_a_time = min(batch_size or num_rows, num_rows)
+    return {
+        "time/rollout": seconds,
+        "tokens_per_second": all_tokens / seconds,
+        "rollout/forwards": float(rollout.num_forwards),
+        "rollout/forwards_per_token": rollout.num_forwards * rows_at_a_time / num_tokens.item(),
+        "rollout/distinct_completions": num_distinct / (num_rows * accelerator.num_processes),
+    }

@@ -1,72 +1,14 @@
-"""Objectives that TRL's loss cannot say: each maps the scores of a micro-batch to (loss, metrics).
+"""Objectives on whole sequences: bounds of the likelihood, weighted likelihoods, ratios of sequences.
 
-objective(batch: ObjectiveInputs, **settings) -> (loss, metrics): the loss is a scalar to minimise, metrics are
-detached scalars. Ratios to the old policy are those of whole sequences, taken per scored token.
-
-Shapes: B rollouts, N views of each, C completion tokens, V vocabulary.
+Shapes: B rollouts, N views of each, C completion tokens.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ObjectiveInputs:
-    """What an objective may read. A token's score is the sum over views of weight * log-probability."""
-
-    logps_per_view: Tensor  # [B, N, C] log p(token | picture) of the current policy, with gradient; 0 where not scored
-    weights: Tensor  # [B, N, C]
-    # [B, C] the weighted sum over views under the rollout's policy; None: it is the current one, or not asked for.
-    old_logps: Tensor | None
-    ref_logps: Tensor | None  # [B, C] the same under the reference policy
-    advantages: Tensor  # [B]
-    completion_mask: Tensor  # [B, C] bool
-    group: Tensor  # [B] rows of one prompt share a number
-    old_logps_per_view: Tensor | None = None  # [B, N, C] under the policy of the rollout; only bgpo reads it
-
-    @property
-    def logps(self) -> Tensor:
-        """The score of each token, [B, C]."""
-        return (self.weights * self.logps_per_view).sum(1)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Scored tokens of each rollout, [B], at least 1."""
-        return self.completion_mask.sum(1).clamp(min=1)
-
-
-def kl_k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """log p - log q: unbiased for KL(p || q) under samples of p, but its gradient is zero in the mean."""
-    return logps - ref_logps
-
-
-def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """(log p - log q)^2 / 2: biased, but its gradient is that of KL(p || q) in the mean (used by ESPO)."""
-    return (logps - ref_logps).square() / 2
-
-
-def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """q/p - 1 - log(q/p): unbiased for KL(p || q) and never negative; its gradient is that of KL(q || p) in the mean.
-
-    The three are Schulman's (http://joschu.net/blog/kl-approx.html); TRL's `beta` uses this one per token.
-    """
-    log_ratio = ref_logps - logps
-    return log_ratio.exp() - 1 - log_ratio
-
-
-def kl_exact(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """KL(p || q) [...] in nats of two distributions given by their log-softmax [..., V]."""
-    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(-1)
-
-
-KL_FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+from dgrpo.objectives.inputs import KL_FORMS, Metrics, ObjectiveInputs
 
 
 def evidence_bounds(batch: ObjectiveInputs, eubo_beta: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -163,7 +105,7 @@ def stable_drl(
     weight, num_groups = _group_softmax(log_ratio.clamp(max=math.log(clip)), batch.group)
     loss = -(weight * batch.advantages * bound).sum() / num_groups
     clipped = (log_ratio > math.log(clip)).float().mean()
-    return loss, metrics | {"max_ratio": log_ratio.max().exp(), "clip_ratio": clipped}
+    return loss, metrics | {"max_ratio": log_ratio.max().exp(), "clip_ratio/region_mean": clipped}
 
 
 def _log_ratio(batch: ObjectiveInputs) -> Tensor:
@@ -194,7 +136,7 @@ def espo(
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
     is_clipped = clipped.detach() * batch.advantages < ratio.detach() * batch.advantages
-    metrics = {"ratio": ratio.detach().mean(), "clip_ratio": is_clipped.float().mean()}
+    metrics = {"ratio": ratio.detach().mean(), "clip_ratio/region_mean": is_clipped.float().mean()}
     if beta != 0:
         if batch.ref_logps is None:
             raise ValueError(f"beta={beta}: the KL needs the reference policy's log-probabilities (ref_logps).")
@@ -202,52 +144,3 @@ def espo(
         loss = loss + beta * divergence
         metrics["kl"] = divergence.detach().mean()
     return loss.mean(), metrics
-
-
-OBJECTIVES: dict[str, Callable[..., tuple[Tensor, Metrics]]] = {
-    "spg": spg,
-    "bgpo": bgpo,
-    "wd1": wd1,
-    "stable_drl": stable_drl,
-    "espo": espo,
-}
-
-# These weigh a rollout against the others of its prompt: a micro-batch must hold whole groups.
-NEEDS_WHOLE_GROUPS = ("wd1", "stable_drl")
-
-# These have no ratio: the policy that sampled need not be scored.
-WITHOUT_RATIO = ("wd1", "spg")
-
-# Their views are independent draws of one integral: a token's weighted terms make sense only once summed.
-DRAWS = ("elbo", "quadrature", "block_random")
-
-
-def check_combination(
-    estimator: str, importance_sampling_level: str = "token", *, objective: str | None = None, beta: float = 0.0
-) -> None:
-    """ValueError where an estimator and a loss do not go together. `objective` None means TRL's own loss.
-
-    Sums of importance-weighted draws have a ratio per sequence, none per token; and bounds that average over draws
-    need an estimator that draws.
-    """
-    if objective is not None and objective not in OBJECTIVES:
-        raise ValueError(f"objective={objective!r}: choose one of {', '.join(OBJECTIVES)}.")
-    if objective is not None and beta != 0 and "beta" not in inspect.signature(OBJECTIVES[objective]).parameters:
-        raise ValueError(f"beta={beta} with objective={objective!r}: it has no KL term; set beta to 0.")
-    if objective in ("spg", "bgpo") and estimator not in DRAWS:
-        raise ValueError(
-            f"estimator={estimator!r} with objective={objective!r}: its bound averages over draws of the same tokens; "
-            f"choose {', '.join(DRAWS)}."
-        )
-    if objective is not None or estimator not in DRAWS:
-        return
-    if importance_sampling_level != "sequence":
-        raise ValueError(
-            f"estimator={estimator!r} with importance_sampling_level={importance_sampling_level!r}: its terms are "
-            "weighted draws, whose ratio makes sense per sequence only; set importance_sampling_level='sequence'."
-        )
-    if beta != 0:
-        raise ValueError(
-            f"estimator={estimator!r} with beta={beta}: TRL's KL is per token, these terms make sense per sequence "
-            "only; set beta to 0, or objective to 'espo'."
-        )
