@@ -46,7 +46,7 @@ def watch(arguments: argparse.Namespace) -> None:
     """Plays the denoising of one prompt in the terminal, or writes it as a page or an image."""
     import torch
 
-    from dgrpo.evaluation.answers import encode_prompts
+    from dgrpo.evaluation.answers import as_in_training, encode_prompts
     from dgrpo.models import load_model
     from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
     from dgrpo.player.terminal import play
@@ -70,7 +70,8 @@ def watch(arguments: argparse.Namespace) -> None:
             arguments.length, arguments.block_length or arguments.length, steps, arguments.temperature
         )
         generator = torch.Generator().manual_seed(arguments.seed)
-        rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator)
+        with as_in_training(model):
+            rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator)
     if arguments.save:
         save_rollout(arguments.save, rollout)
     if arguments.html:
@@ -85,7 +86,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Prints the table of several runs and draws their curves."""
     from dgrpo.report.compare import compare
 
-    compare(arguments.runs, arguments.png)
+    compare(arguments.runs, arguments.png, x=arguments.x)
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -133,6 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")
     comparing.add_argument("runs", nargs="+", type=Path, help="run folders")
     comparing.add_argument("--png", default="compare.png", help="where to draw the curves")
+    comparing.add_argument(
+        "--x",
+        choices=["updates", "rollouts", "tokens", "seconds"],
+        default="updates",
+        help="what the curves are drawn over; seconds of training, evaluations aside",
+    )
     comparing.set_defaults(run=compare)
 
     reporting = commands.add_parser("report", help="write report.html and curves.png of a run again")

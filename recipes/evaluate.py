@@ -23,6 +23,7 @@ from dgrpo.evaluation.checkpoints import Checkpoint, checkpoints, evaluate_check
 from dgrpo.evaluation.d1 import D1
 from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation.results import show_results, stored_result, write_results
+from dgrpo.evaluation.samples import check_selection
 from dgrpo.evaluation.stored import grade_setups, infer_task
 from dgrpo.report.run_folder import read_config
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
@@ -89,6 +90,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
     if embedded:
         default_to_one_thread()
         run = {"dataset": EMBEDDED, "instruction": ""} | run
+    check_selection(task, arguments.select)
     configs = samplers(arguments, task, embedded)
     # As the run divided its rows, unless others are asked for: then all of these.
     evaluated = arguments.eval_dataset or (None if arguments.dataset else run.get("eval_dataset"))
@@ -121,6 +123,8 @@ def grade_models(arguments: argparse.Namespace) -> None:
                 seed=arguments.seed,
                 resume=arguments.resume,
                 template_settings=arguments.chat_template_kwargs,
+                num_samples=arguments.samples,
+                select=arguments.select,
                 on_start=on_start,
             )
     results = [result for result in results if result.protocol in (arguments.protocol or PROTOCOLS)]
@@ -150,7 +154,16 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, help="Tokens; default: 128 256 512.")
     parser.add_argument("--block_length", type=int, help="Default: 32.")
     parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
+    parser.add_argument("--samples", type=int, default=1, help="Completions of each problem; above 1: pass@k.")
+    parser.add_argument(
+        "--select",
+        nargs="+",
+        choices=["majority", "best"],
+        default=[],
+        help="Also the accuracy of one chosen sample: the most frequent answer, or the highest reward where that "
+        "reads no reference (sudoku, countdown).",
+    )
     parser.add_argument("--seed", type=int, default=0, help="Of the noise at a temperature above 0.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows that a process samples at a time.")
     parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}.')
@@ -159,6 +172,12 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/evaluation")
     parser.add_argument("--resume", action="store_true", help="Go on from the rows that output_dir holds.")
     arguments = parser.parse_args()
+    if arguments.samples < 1 or (arguments.select and arguments.samples < 2):
+        parser.error(f"--samples {arguments.samples}: at least 1, and 2 or more where --select chooses among them")
+    if arguments.temperature is None:
+        arguments.temperature = 1.0 if arguments.samples > 1 else 0.0
+    elif arguments.samples > 1 and not arguments.temperature > 0:
+        parser.error("--temperature 0 gives the same completion in every sample; take one above 0")
     if arguments.generations:
         grade_stored(arguments)
     elif arguments.task:

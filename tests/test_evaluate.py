@@ -7,19 +7,30 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
 
 from dgrpo import SamplerConfig, load_model
-from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, encode_prompts, evaluate
+from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, as_in_training, encode_prompts, evaluate
 from dgrpo.evaluation.checkpoints import checkpoints, evaluate_checkpoint, labels
 from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation.files import FinishedRows, d1_items, fingerprint
 from dgrpo.evaluation.interval import wilson_interval
 from dgrpo.evaluation.results import Result, results_table, write_results
+from dgrpo.evaluation.samples import (
+    best,
+    check_selection,
+    coverage,
+    majority,
+    pass_at_k,
+    pass_scores,
+    selection_scores,
+)
 from dgrpo.evaluation.stored import grade, grade_files
 from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tasks import TASKS, load_rows
@@ -378,3 +389,116 @@ def test_the_global_random_state_is_untouched(tiny, rows):
     before = torch.random.get_rng_state()
     answer_rows(*tiny, rows[:2], TASK.grade, NOISY)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("n", "c", "k", "value"), [(4, 0, 2, 0.0), (4, 4, 1, 1.0), (4, 1, 1, 0.25), (4, 1, 2, 0.5)])
+def test_pass_at_k(n, c, k, value):
+    assert pass_at_k(n, c, k) == pytest.approx(value)
+    draws = list(combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws)), "of all draws without replacement"
+
+
+def test_intervals_are_wilsons_for_one_sample_and_bootstrapped_for_several():
+    right = [[k % 2 == 0, False, False, k % 4 == 0] for k in range(64)]
+    [one] = pass_scores([row[:1] for row in right], [1])
+    assert one.interval == wilson_interval(0.5, 64)
+    first, fourth = pass_scores(right, [1, 4])
+    assert (first.name, first.value, fourth.name, fourth.value) == ("pass@1", 0.1875, "pass@4", 0.5)
+    assert first.interval[0] < first.value < first.interval[1]
+    # Samples of one problem are not independent: 64 problems, not 256 trials.
+    low, high = wilson_interval(0.1875, 256)
+    assert first.interval != (low, high)
+    assert pass_scores(right, [1, 4]) == [first, fourth]
+
+
+def test_majority_and_best_take_the_earliest_of_equals():
+    assert majority(["a", "b", "b", "a"]) == 0
+    assert majority([None, None, "b"]) == 2
+    assert majority([None, None]) == 0
+    assert best([0.0, None, 1.0, 1.0]) == 2
+    assert best([None, None]) == 0
+
+
+def text_of_answer(answer):
+    return f"<answer>\n{answer}\n</answer>"
+
+
+def test_a_majority_is_of_answers_as_the_grader_reads_them():
+    gsm8k, texts = TASKS["gsm8k"], [text_of_answer(answer) for answer in ("7", "1,080", "1080", "$1080")]
+    row = {"prompt": "p", "answer": "1080"}
+    right = [[False, True, True, True]]
+    [score] = selection_scores(gsm8k, [row], [texts], right, ["majority"])
+    assert (score.name, score.value) == ("majority of 4", 1.0)
+    with pytest.raises(ValueError, match="select=best: the rewards of gsm8k read the reference"):
+        selection_scores(gsm8k, [row], [texts], right, ["best"])
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_a_verifier_reads_no_reference(name):
+    """What `best` chooses by gives the same reward whatever the reference says."""
+    task = TASKS[name]
+    if task.verifier is None:
+        with pytest.raises(ValueError, match="select=best"):
+            check_selection(task, ["best"])
+        return
+    rows = list(load_rows(task, "embedded", num_train=8, num_held_out=4)[1])
+    texts = [task.reference_completion(row) or text_of_answer("1+2") for row in rows]
+    columns = {column: [row[column] for row in rows] for column in rows[0] if column != "prompt"}
+    rewards = task.verifier(prompts=rows, completions=texts, **columns)
+    blind = columns | {column: [None] * 4 for column in ("answer", "solution", "expression") if column in columns}
+    assert task.verifier(prompts=rows, completions=texts, **blind) == rewards
+
+
+def test_several_samples_give_coverage_and_sets_that_can_be_graded_again(rows, tmp_path):
+    few, folder = rows[:6], tmp_path / "out"
+    [checkpoint] = checkpoints([str(EMBEDDED)], [], EMBEDDED)
+    results = evaluate_checkpoint(
+        checkpoint, TASK, few, [NOISY], folder, PartialState(cpu=True), dtype="float32", batch_size=8,
+        num_samples=3, select=["majority"], on_start=lambda *_: lambda number: None,
+    )  # fmt: skip
+    assert [result.metric for result in results] == ["pass@1", "pass@2", "pass@3", "majority of 3"]
+    values = [result.accuracy for result in results[:3]]
+    assert values == sorted(values)
+    assert {result.n for result in results} == {6}
+    files = sorted(folder.glob("*_generations.json"))
+    graded = [grade_files([file]).accuracy for file in files]
+    assert len(files) == 3
+    assert sum(graded) / 3 == pytest.approx(values[0])
+    write_results(folder, results)
+    assert (folder / "coverage.png").stat().st_size > 1000
+    # The first round of samples is what a single sample would have been.
+    single = answer_rows(*load_model(str(EMBEDDED)), few, TASK.grade, NOISY, batch_size=8)
+    assert [item["generations"].split("<|")[0] for item in json.loads(files[0].read_text())["generations"]] == [
+        answer.text for answer in single
+    ]
+
+
+def test_coverage_tells_each_sampler(tiny, rows):
+    found = coverage(*tiny, rows[:4], TASK.grade, {"exact": NOISY}, num_samples=4, ks=(1, 4), batch_size=8)
+    assert (found["n"], found["samples"]) == (4, 4)
+    assert list(found["exact"]) == ["pass@1", "pass@4"]
+    (first, low, high), (fourth, *_) = found["exact"].values()
+    assert low <= first <= high
+    assert first <= fourth
+
+
+def test_an_adapter_that_is_not_there_is_one_sentence():
+    with pytest.raises(ValueError, match="adapter='nowhere': no adapter_config.json there"):
+        checkpoints([], ["nowhere"], EMBEDDED)
+
+
+def test_adapters_are_added_to_float32_weights_and_16_bit_runs_under_autocast():
+    model, _ = load_model(str(EMBEDDED))
+    peft = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    ids = torch.arange(1, 9)[None]
+    before = {name: value.clone() for name, value in peft.state_dict().items()}
+    plain = peft(ids).logits
+    with as_in_training(peft):
+        assert any(getattr(module, "merged", False) for module in peft.modules())
+        torch.testing.assert_close(peft(ids).logits, plain, rtol=0, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in peft.state_dict().items())
+    half, _ = load_model(str(EMBEDDED), "bfloat16")
+    assert not torch.is_autocast_enabled("cpu")
+    with as_in_training(half):
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16

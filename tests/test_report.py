@@ -203,7 +203,7 @@ def test_what_is_zero_throughout_is_not_drawn():
 
 def test_warnings_say_what_went_wrong(run_dir):
     healthy = report_data(run_dir)
-    assert healthy["notes"] == []
+    assert healthy["warnings"] == healthy["notes"] == []
     assert healthy["subtitle"].startswith(
         "method one_step + grpo, rate 0.0001, data embedded, model tiny-llada, seed 0"
     )
@@ -216,6 +216,11 @@ def test_warnings_say_what_went_wrong(run_dir):
     assert warnings({"frac_reward_zero_std": [(step, float(step < 5)) for step in range(8)]}, {}, {}) == []
     [broken] = warnings({"rewards/mine/errors": [(1, 2.0), *((step, 0.0) for step in range(2, 40))]}, {}, {})
     assert broken.startswith("rewards/mine/errors is 2")
+    coverage = {"exact": {"pass@1": [0.4, 0.3, 0.5], "pass@8": [0.8, 0.7, 0.9]}, "n": 64, "samples": 8}
+    lower = coverage | {"exact": {"pass@1": [0.6, 0.5, 0.7], "pass@8": [0.5, 0.4, 0.6]}}
+    summary = {"before": {"coverage": coverage}, "after": {"coverage": lower}}
+    assert warnings({}, summary, {}) == ["Coverage fell: pass@8 (exact sampler) was 80.0% and is 50.0%."]
+    assert [tile["value"] for tile in tiles(summary, {})] == ["40 \u2192 60 %", "80 \u2192 50 %"]
     # A fall that was made good later is told too.
     rewards = [1.0] * 12 + [0.1] * 12 + [1.0] * 12
     [fell] = warnings({"reward": list(enumerate(rewards))}, {}, {"collapse_window": 4})

@@ -1,6 +1,7 @@
 """Accuracy of a model on held-out problems, graded by the reward that it is trained with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import ceil
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.models.adapters import merged_adapters
 from dgrpo.noise import row_keys
 from dgrpo.sampling import Rollout, SamplerConfig, end_token_ids, generate
 from rewards.format import format_reward
@@ -49,6 +51,7 @@ class Evaluation:
     lengths: list[int]  # tokens up to and including the end
     seconds: float
     num_tokens: int
+    coverage: dict[str, Any] | None = None  # what `dgrpo.evaluation.samples.coverage` found, where it was asked for
 
     @classmethod
     def of(cls, answers: Sequence[Answer], num_processes: int = 1) -> "Evaluation":
@@ -104,7 +107,7 @@ class Evaluation:
             "accuracy_where_it_reasons": self.accuracy_where_it_reasons,
             "mean_length": self.mean_length,
             "tokens_per_second": self.tokens_per_second,
-        }
+        } | ({} if self.coverage is None else {"coverage": self.coverage})
 
 
 def processes(device: str | None = None) -> PartialState:
@@ -221,6 +224,29 @@ def evaluate(
     """Accuracy and the rest of `answer_rows`, which takes the same arguments; right is a grade of exactly 1."""
     answers = answer_rows(model, tokenizer, rows, grade, config, num_processes=num_processes, **settings)
     return Evaluation.of(answers, num_processes)
+
+
+@contextmanager
+def as_in_training(model: Any) -> Iterator[None]:
+    """The arithmetic that a model was trained in.
+
+    16-bit weights run under autocast, as a trainer has it: else adapters, which are float32, would multiply in
+    float32, at up to half as much time again. To float32 weights the adapters are added: equal within rounding, and
+    faster.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(weight.device.type, dtype=weight.dtype):
+            yield
+    elif all(p.is_floating_point() for p in model.parameters()) and not _merged_already(model):
+        with merged_adapters(model):
+            yield
+    else:
+        yield
+
+
+def _merged_already(model: Any) -> bool:
+    return any(getattr(module, "merged", False) for module in model.modules())
 
 
 def greedy(config: SamplerConfig) -> SamplerConfig:

@@ -10,10 +10,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig
 
-from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows
+from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, as_in_training
 from dgrpo.evaluation.d1 import D1
 from dgrpo.evaluation.files import FinishedRows, d1_items, digest, fingerprint, write_generations
 from dgrpo.evaluation.results import Result
+from dgrpo.evaluation.samples import by_problem, check_selection, pass_scores, powers_up_to, selection_scores
 from dgrpo.evaluation.stored import grade
 from dgrpo.models import load_model
 from dgrpo.sampling import SamplerConfig
@@ -53,7 +54,13 @@ def checkpoints(models: Sequence[str], adapters: Sequence[str], embedded: Path) 
 
 def _base_of(adapter: str, embedded: Path) -> str:
     """The model that an adapter was trained on; the embedded one is known by its folder, wherever it was installed."""
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"adapter={adapter!r}: no adapter_config.json there. Give the folder of a trained adapter, or its name on "
+            "the hub."
+        ) from error
     return str(embedded) if not base or Path(base).parts[-3:] == embedded.parts[-3:] else base
 
 
@@ -80,13 +87,18 @@ def evaluate_checkpoint(
     seed: int = 0,
     resume: bool = False,
     template_settings: dict[str, Any] | None = None,
+    num_samples: int = 1,
+    select: Sequence[str] = (),
     on_start: Callable[[str, int, int], Callable[[int], None]],
 ) -> list[Result]:
     """Accuracy of a checkpoint under each sampler, by every protocol that the task has; its texts are in `folder`.
 
-    All processes return the same. `on_start` is told the name of each set, its rows and how many of them are there
-    already, and returns what is told of each further batch.
+    With `num_samples` above 1 each problem is answered so often: pass@k, and the accuracy of the samples that `select`
+    chooses (`majority`, `best`). All processes return the same. `on_start` is told the name of each set, its rows and
+    how many of them are there already, and returns what is told of each further batch.
     """
+    check_selection(task, select)
+    drawn = list(rows) * num_samples
     model, tokenizer = load_model(checkpoint.model, dtype, adapter=checkpoint.adapter)
     model.to(state.device)
     results = []
@@ -102,24 +114,25 @@ def evaluate_checkpoint(
             "sampler": asdict(config),
             "seed": seed,
             "template_settings": template_settings,
-        }
+        } | ({"num_samples": num_samples} if num_samples > 1 else {})
         finished = FinishedRows(folder / name, settings, state, resume=resume)
-        answers = answer_rows(
-            model,
-            tokenizer,
-            rows,
-            task.grade,
-            config,
-            batch_size=batch_size,
-            seed=seed,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            on_batch=on_start(name, len(rows), len(finished.answers)),
-            finished=finished,
-            template_settings=template_settings,
-        )
+        with as_in_training(model):
+            answers = answer_rows(
+                model,
+                tokenizer,
+                drawn,
+                task.grade,
+                config,
+                batch_size=batch_size,
+                seed=seed,
+                process_index=state.process_index,
+                num_processes=state.num_processes,
+                on_batch=on_start(name, len(drawn), len(finished.answers)),
+                finished=finished,
+                template_settings=template_settings,
+            )
         found = Evaluation.of(answers, state.num_processes)
-        items = d1_items(task, rows, answers, tokenizer.eos_token)
+        items = d1_items(task, drawn, answers, tokenizer.eos_token)
         if state.is_main_process:
             about = {
                 "model_path": checkpoint.model,
@@ -128,8 +141,12 @@ def evaluate_checkpoint(
                 "diffusion_steps": config.diffusion_steps,
                 "block_length": config.block_length,
             }
-            write_generations(folder / f"{name}_0_generations.json", items, found.seconds, about)
-        results += _results(checkpoint.label, task, name, config, rows, items, answers, found)
+            for sample in range(num_samples):
+                # Each round of samples is a set of its own, which can be graded again by itself.
+                own = name if num_samples == 1 else f"{name}_s{sample}"
+                part = items[sample * len(rows) : (sample + 1) * len(rows)]
+                write_generations(folder / f"{own}_0_generations.json", part, found.seconds / num_samples, about)
+        results += _results(checkpoint.label, task, name, config, rows, items, answers, found, num_samples, select)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -146,10 +163,17 @@ def _results(
     items: list[dict[str, Any]],
     answers: Sequence[Answer],
     found: Evaluation,
+    num_samples: int,
+    select: Sequence[str],
 ) -> list[Result]:
-    """The set's accuracy by the reward, and by d1's rules where they know the task."""
+    """The set's accuracy by the reward, and by d1's rules where they know the task; of several samples, pass@k."""
     of_all = (found.mean_length, found.tokens_per_second, sum(answer.ended for answer in answers) / found.n)
     length = config.max_completion_length
+    if num_samples > 1:
+        right = by_problem(found.correct, len(rows))
+        scores = pass_scores(right, powers_up_to(num_samples))
+        scores += selection_scores(task, rows, by_problem(found.completions, len(rows)), right, select)
+        return [Result(label, name, length, "strict", len(rows), s.value, s.interval, *of_all, s.name) for s in scores]
     results = [Result(label, name, length, "strict", found.n, found.accuracy, found.interval, *of_all)]
     if task.name in D1 and all(len(row.get("puzzle", "")) in (0, 16) for row in rows):
         report = grade(items, task.name, "d1")

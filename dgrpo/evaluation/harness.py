@@ -9,6 +9,7 @@ requests are shared by the processes). From Python, importing this module makes 
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from accelerate.utils import gather
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from dgrpo.evaluation.answers import processes
+from dgrpo.evaluation.answers import as_in_training, processes
 from dgrpo.logprobs import log_likelihood
 from dgrpo.models import load_model
 from dgrpo.noise import row_keys, stream
@@ -34,6 +35,17 @@ logger = logging.get_logger(__name__)
 
 # Generation settings that tasks name, and the values at which the sampler, which knows no such cut, agrees with them.
 NEUTRAL = {"top_p": (1, None), "top_k": (0, -1, None), "min_p": (0, None), "num_beams": (1, None)}
+
+
+def _trained_arithmetic(method):
+    """The method, with the model in the arithmetic that it was trained in."""
+
+    @wraps(method)
+    def inside(self, *args, **kwargs):
+        with as_in_training(self.model):
+            return method(self, *args, **kwargs)
+
+    return inside
 
 
 @register_model("dgrpo")
@@ -167,6 +179,7 @@ class DiffusionLM(TemplateLM):
         rollout = generate(self.model, prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), config)
         return rollout.completion_ids[0].tolist() == continuation
 
+    @_trained_arithmetic
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
         results = []
         for pair, context, continuation in tqdm(requests, "likelihoods", disable=disable_tqdm or self.rank != 0):
@@ -176,6 +189,7 @@ class DiffusionLM(TemplateLM):
             results.append(result)
         return results
 
+    @_trained_arithmetic
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The bound on a whole text: the sum over windows of `max_length` tokens, each given what fits before it."""
         results = []
@@ -212,6 +226,7 @@ class DiffusionLM(TemplateLM):
         config = SamplerConfig(canvas, block, steps, temperature=temperature, cfg_scale=self.cfg_scale)
         return [stop for stop in stops if stop], length, config
 
+    @_trained_arithmetic
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completions cut off before the first of the strings at which the task stops."""
         contexts = [self.tok_encode(request.args[0]) for request in requests]

@@ -28,6 +28,7 @@ class Result:
     mean_length: float | None = None
     tokens_per_second: float | None = None
     ended: float | None = None  # share of the texts that came to their end
+    metric: str = "accuracy"  # or pass@k, majority of N, best of N
 
 
 def stored_result(name: str, report: Report) -> Result:
@@ -41,6 +42,7 @@ def results_table(results: Sequence[Result]) -> Table:
         "checkpoint": [result.checkpoint for result in results],
         "set": [result.name for result in results],
         "protocol": [result.protocol for result in results],
+        "metric": [result.metric for result in results],
         "n": [str(result.n) for result in results],
         "accuracy": [f"{result.accuracy:.2%}" for result in results],
         "95 % interval": [f"{100 * low:.2f} - {high:.2%}" for low, high in (result.interval for result in results)],
@@ -48,12 +50,13 @@ def results_table(results: Sequence[Result]) -> Table:
         "ended": ["" if r.ended is None else f"{r.ended:.0%}" for r in results],
         "tokens/s": ["" if r.tokens_per_second is None else f"{r.tokens_per_second:.0f}" for r in results],
     }
-    if len(set(columns["checkpoint"])) == 1:
-        del columns["checkpoint"]
+    for name in ("checkpoint", "metric"):
+        if len(set(columns[name])) == 1:
+            del columns[name]
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     table = Table()
     for name in shown:
-        justify = "left" if name in ("checkpoint", "set", "protocol") else "right"
+        justify = "left" if name in ("checkpoint", "set", "protocol", "metric") else "right"
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for line in zip(*shown.values(), strict=True):
         table.add_row(*line)
@@ -68,9 +71,11 @@ def show_results(results: Sequence[Result]) -> None:
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """`results.json`, and `accuracy.png` over generation length."""
+    """`results.json`, `accuracy.png` over generation length, and with several samples `coverage.png` over k."""
     (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    draw_accuracy(folder / "accuracy.png", results)
+    draw_accuracy(folder / "accuracy.png", [result for result in results if result.metric in ("accuracy", "pass@1")])
+    if any(result.metric.startswith("pass@") for result in results):
+        draw_coverage(folder / "coverage.png", results)
 
 
 def draw_accuracy(path: Path, results: Sequence[Result]) -> None:
@@ -108,6 +113,39 @@ def draw_accuracy(path: Path, results: Sequence[Result]) -> None:
     axis.set_xticks(list(place.values()), [str(length) for length in place])
     axis.set_xlim(-0.5, len(place) - 0.5)
     axis.set_xlabel("generation length in tokens", fontsize=9, color=MUTED, loc="right")
+    axis.set_ylim(bottom=0.0)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    figure.savefig(path, dpi=130)
+
+
+def draw_coverage(path: Path, results: Sequence[Result]) -> None:
+    """pass@k over k: a line for each checkpoint and set, and a cross for each way of choosing a sample."""
+    figure = Figure(figsize=(7.2, 4.6), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+    axis = figure.subplots()
+    lines = list(dict.fromkeys((result.checkpoint, result.name) for result in results))
+    for number, (checkpoint, name) in enumerate(lines):
+        own = [result for result in results if (result.checkpoint, result.name) == (checkpoint, name)]
+        colour = COLOURS[number % len(COLOURS)]
+        passes = {int(r.metric.removeprefix("pass@")): r for r in own if r.metric.startswith("pass@")}
+        ks, values = list(passes), [result.accuracy for result in passes.values()]
+        lows, highs = zip(*(result.interval for result in passes.values()), strict=True)
+        axis.fill_between(ks, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axis.plot(
+            ks, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=f"{checkpoint} {name}".strip()
+        )
+        for result in own:
+            if result.metric.split()[0] in ("majority", "best"):
+                axis.plot(ks[-1], result.accuracy, color=colour, marker="x", linestyle="")
+                axis.annotate(
+                    result.metric, (ks[-1], result.accuracy), (6, -3), textcoords="offset points", fontsize=8
+                )
+    dress(axis, "pass@k, with 95 % intervals")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("samples of each problem (k)", fontsize=9, color=MUTED, loc="right")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axis.margins(x=0.18)
     axis.set_ylim(bottom=0.0)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)

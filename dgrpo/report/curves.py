@@ -36,7 +36,7 @@ def band(runs: list[Metrics], name: str) -> tuple[np.ndarray, np.ndarray]:
         return np.empty(0), np.empty((0, 0))
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])
-    if len(curves) > 1 and len(steps) < min(map(len, curves)) // 2:
+    if len(curves) > 1 and len(steps) < min(map(len, curves)) / 2:
         # Tokens and seconds: no two runs are measured at the same ones, so each curve is read between its own points.
         low, high = max(min(curve) for curve in curves), min(max(curve) for curve in curves)
         steps = list(np.linspace(low, high, max(map(len, curves))))

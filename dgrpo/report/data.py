@@ -58,12 +58,13 @@ def report_data(run_dir: Path) -> dict:
         "seed": seed,
         "folder": run_dir.resolve().name,
     }
-    notes = warnings(metrics, summary, config) + [f"{name} cannot be read and is left out." for name in unreadable]
+    notes = [f"{name} cannot be read and is left out." for name in unreadable]
     if not summary.get("after"):
         notes.append("The run has not ended, or has not written its summary: this is what it has logged so far.")
     return {
         "title": printable(" ".join(str(part) for part in (task or run_dir.resolve().name, "run report"))),
         "subtitle": printable(", ".join(f"{key} {value}" for key, value in header.items() if value is not None)),
+        "warnings": [printable(text) for text in warnings(metrics, summary, config)],
         "notes": notes,
         "tiles": tiles(summary, metrics),
         "charts": charts(metrics),
@@ -92,6 +93,7 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
     if len(shown) == 2:
         gain = 100 * (summary["after"]["accuracy"] - summary["before"]["accuracy"])
         shown.append({"label": "Gain", "value": f"{gain:+.1f}", "remark": "percentage points"})
+    shown += coverage_tiles(summary)
     if rewards := [value for _, value in metrics.get("reward", [])]:
         tenth = max(1, len(rewards) // 10)
         first, last = sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth
@@ -113,6 +115,22 @@ def tiles(summary: dict, metrics: Metrics) -> list[dict]:
             {"label": "Processes", "value": str(processes), "remark": str(summary.get("distributed_type", ""))}
         )
     return shown
+
+
+def coverage_tiles(summary: dict) -> list[dict]:
+    """pass@k before and after, for each sampler that it was measured at."""
+    before, after = ((summary.get(key) or {}).get("coverage") or {} for key in ("before", "after"))
+    return [
+        {
+            "label": f"{name}, {sampler}",
+            "value": f"{100 * first[0]:.0f} \u2192 {100 * after[sampler][name][0]:.0f} %",
+            "remark": f"before and after, {before['n']} problems",
+        }
+        for sampler, scores in before.items()
+        if isinstance(scores, dict) and sampler in after
+        for name, first in scores.items()
+        if name in after[sampler]
+    ]
 
 
 def thin(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:

@@ -189,6 +189,13 @@ def warnings(metrics: Metrics, summary: dict, config: dict) -> list[str]:
         found.append("Nothing was trained: the run made no update.")
     elif steps is not None and isinstance(asked, int) and 0 < steps < asked:
         found.append(f"The run ended after {steps} of {asked} updates.")
+    before, after = ((summary.get(key) or {}).get("coverage") or {} for key in ("before", "after"))
+    for sampler in [name for name, scores in before.items() if isinstance(scores, dict) and name in after]:
+        # The largest k stands last.
+        k, (first, low, _) = list(before[sampler].items())[-1]
+        last, _, high = after[sampler].get(k, (first, 0.0, 1.0))
+        if last < low and high < first:
+            found.append(f"Coverage fell: {k} ({sampler} sampler) was {first:.1%} and is {last:.1%}.")
     gradients = [value for _, value in metrics.get("grad_norm", [])]
     if gradients and not any(gradients):
         found.append("Nothing was learned: the gradient was 0 at every update.")
@@ -207,7 +214,8 @@ def warnings(metrics: Metrics, summary: dict, config: dict) -> list[str]:
     rollouts = dict(metrics.get("reward", []))
     history = {name: [value for step, value in metrics.get(name, []) if step in rollouts] for name in WATCHED}
     # During the run too, not only at its end: what the guard would have told.
-    num, collapses = len(history["reward"]), {}
+    num = len(history["reward"])
+    collapses: dict[str, str] = {}
     for end in sorted({*range(window + 1, num, max(1, num // 20)), num}):
         for name, words in cliffs({key: values[:end] for key, values in history.items()}, window).items():
             collapses.setdefault(name, f"Collapse: {words} within {window} rollouts.")

@@ -4,9 +4,10 @@ import csv
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -14,7 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from dgrpo.evaluation.answers import Evaluation, evaluate, greedy
+from dgrpo.evaluation.answers import Evaluation, as_in_training, evaluate, greedy
+from dgrpo.evaluation.samples import coverage
+from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import Task
 from dgrpo.trainers import DiffuGRPOTrainer
 
@@ -124,14 +127,23 @@ class HeldOutEvaluation(TrainerCallback):
         every: int,
         metrics: MetricsFile,
         keeps_best: bool = False,
+        coverage_problems: int = 0,
+        sampler: Literal["exact", "training"] = "exact",
     ):
         self.trainer, self.task, self.rows, self.every, self.metrics = trainer, task, list(rows), every, metrics
-        self.keeps_best = keeps_best
+        self.keeps_best, self.coverage_problems, self.sampler = keeps_best, coverage_problems, sampler
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
-    def measure(self) -> Evaluation:
+    def _samplers(self) -> dict[str, SamplerConfig]:
+        """The samplers at which coverage is measured: that of the rollouts, and the same without approximations."""
+        config = self.trainer.sampler_config
+        return {"exact": config.exact()} | ({"training sampler": config} if config.approximate else {})
+
+    def measure(self, with_coverage: bool = False) -> Evaluation:
         trainer, accelerator, started = self.trainer, self.trainer.accelerator, time.perf_counter()
+        plugin = accelerator.state.deepspeed_plugin
+        partitioned = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
         bar = tqdm(
             total=len(self.rows), desc="held-out problems", leave=False, disable=not accelerator.is_main_process
         )
@@ -143,21 +155,24 @@ class HeldOutEvaluation(TrainerCallback):
                 gather_deepspeed3_params=True,
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             ) as model,
+            # Equal within rounding in float32; partitioned weights cannot take an adapter in.
+            nullcontext() if partitioned or trainer.args.bf16 else as_in_training(model),
         ):
-            found = evaluate(
-                model,
-                trainer.processing_class,
-                self.rows,
-                self.task.grade,
-                greedy(trainer.sampler_config),
-                batch_size=trainer.args.per_device_eval_batch_size,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                # Only where weights stay partitioned must all processes make the same passes.
-                any_rank=trainer.any_process if trainer.is_fsdp_enabled else bool,
-                on_batch=bar.update,
-                template_settings=trainer.args.chat_template_kwargs,
-            )
+            settings: dict[str, Any] = {
+                "batch_size": trainer.args.per_device_eval_batch_size,
+                "process_index": accelerator.process_index,
+                "num_processes": accelerator.num_processes,
+                # ZeRO-3's weights are gathered above; FSDP's stay partitioned, so all processes make the same passes.
+                "any_rank": trainer.any_process if trainer.is_fsdp_enabled else bool,
+                "template_settings": trainer.args.chat_template_kwargs,
+            }
+            asked = (model, trainer.processing_class)
+            config = replace(trainer.sampler_config, temperature=0.0)
+            config = greedy(config) if self.sampler == "exact" else config
+            found = evaluate(*asked, self.rows, self.task.grade, config, on_batch=bar.update, **settings)
+            if with_coverage and self.coverage_problems:
+                few = self.rows[: self.coverage_problems]
+                found = replace(found, coverage=coverage(*asked, few, self.task.grade, self._samplers(), **settings))
         step = trainer.state.global_step
         logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
         logs["time/evaluation"] = time.perf_counter() - started
@@ -189,7 +204,7 @@ class HeldOutEvaluation(TrainerCallback):
                     "problems; ask for as many."
                 )
             return
-        self.before = self.measure()
+        self.before = self.measure(with_coverage=True)
         if state.is_world_process_zero:
             stored.write_text(json.dumps(asdict(self.before)))
 
@@ -205,7 +220,7 @@ class HeldOutEvaluation(TrainerCallback):
             self._measure_the_end()
 
     def _measure_the_end(self) -> None:
-        self.after = self.measure()
+        self.after = self.measure(with_coverage=True)
         if self.every:
             self._keep_if_best(self.after.accuracy)
 

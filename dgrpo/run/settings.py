@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from trl import ModelConfig, TrlParser
@@ -26,6 +26,14 @@ class RecipeConfig:
     num_train_problems: int | None = field(default=None, metadata={"help": "Use only so many training problems."})
     num_eval_problems: int = field(default=512, metadata={"help": "Held-out problems of each evaluation."})
     evaluate_every: int = field(default=0, metadata={"help": "Updates between evaluations; 0: before and after only."})
+    eval_sampler: Literal["exact", "training"] = field(
+        default="exact",
+        metadata={"help": "Evaluate by the exact sampler, or with the shortcuts of the rollouts (threshold, cache)."},
+    )
+    coverage_problems: int = field(
+        default=0,
+        metadata={"help": "Held-out problems for pass@1 and pass@8 before and after, such as 64; 0: not measured."},
+    )
     instruction: str | None = field(default=None, metadata={"help": "Text before each question; default: the task's."})
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to go on from."}
@@ -41,6 +49,7 @@ class RecipeConfig:
             "num_train_problems": 1,
             "num_eval_problems": 1,
             "evaluate_every": 0,
+            "coverage_problems": 0,
             "sample_every": 0,
         }.items():
             if (value := getattr(self, name)) is not None and value < least:

@@ -135,7 +135,16 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
     metrics = MetricsFile(output_dir / "metrics.csv")
-    evaluation = HeldOutEvaluation(trainer, task, held_out, recipe.evaluate_every, metrics, recipe.keep_best)
+    evaluation = HeldOutEvaluation(
+        trainer,
+        task,
+        held_out,
+        recipe.evaluate_every,
+        metrics,
+        recipe.keep_best,
+        recipe.coverage_problems,
+        recipe.eval_sampler,
+    )
     attach(trainer, [metrics, ProgressLine(trainer, recipe.sample_every), evaluation])
     if trainer.accelerator.is_main_process:
         write_config(output_dir, recipe, args, model_config)

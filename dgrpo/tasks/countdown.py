@@ -59,6 +59,7 @@ TASK = Task(
     reference_completion=lambda row: answer_completion(row["expression"]) if row.get("expression") else None,
     to_stored=lambda row: {"question": row["question"], "ground_truth": [row["numbers"], row["target"]]},
     from_stored=from_stored,
+    verifier=equation_reward,
     held_out_split=None,
     # d1 trains and tests on three numbers; the hub's dataset has problems of four as well.
     keep=lambda row: len(row["numbers"]) == 3,

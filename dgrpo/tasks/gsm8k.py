@@ -5,6 +5,7 @@ from typing import Any
 from dgrpo.tasks.task import Task, answer_completion
 from dgrpo.tiny import problems
 from rewards.gsm8k import correctness_reward, to_decimal
+from rewards.text import short_answer
 
 INSTRUCTION = """Solve the problem step by step. Write your working between <reasoning> and </reasoning>, then only \
 the final number between <answer> and </answer>:
@@ -43,5 +44,6 @@ TASK = Task(
     embedded=embedded,
     reference_completion=lambda row: answer_completion(row["answer"]),
     to_stored=to_stored,
+    answer_of=lambda text: to_decimal(short_answer(text)),
     file_marks=("gsm",),
 )

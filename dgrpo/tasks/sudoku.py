@@ -12,6 +12,7 @@ from dgrpo.noise import fixed_order
 from dgrpo.tasks.task import Task, answer_completion, field_of
 from dgrpo.tiny import sudoku
 from rewards.sudoku import cells_reward, is_solved, read_grid, read_puzzle, solved_reward
+from rewards.text import short_answer
 
 INSTRUCTION = """Solve the Sudoku. It is written row by row, 0 for an empty cell: 16 digits from 1 to 4 with boxes of \
 2x2, or 81 digits from 1 to 9 with boxes of 3x3. Every row, column and box of the solution holds each digit once; the \
@@ -77,6 +78,8 @@ TASK = Task(
     reference_completion=lambda row: answer_completion(row["solution"]),
     to_stored=to_stored,
     from_stored=lambda item: {"puzzle": stored_puzzle(item["question"]), "solution": item.get("ground_truth")},
+    answer_of=lambda text: "".join((short_answer(text) or "").split()) or None,
+    verifier=solved_reward,
     shares={"sudoku_cells": cells_reward},
     held_out_split=None,
     is_held_out=is_held_out,

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from dgrpo.noise import fixed_order
 from dgrpo.tiny.problems import Messages
+from rewards.text import short_answer
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +58,10 @@ class Task:
         "ground_truth": row.get("answer"),
     }
     from_stored: Callable[[dict[str, Any]], dict[str, Any]] = lambda item: {"answer": item.get("ground_truth")}
+    # The answer that a completion's text gives, as `grade` reads it; equal answers are one vote of a majority.
+    answer_of: Callable[[str], Hashable | None] = short_answer
+    # A reward that could be had without the reference, to choose among samples by; None: there is none.
+    verifier: Callable[..., list[float | None]] | None = None
     # Words by which the name of a file of generations tells that it is of this task; None: the task's name.
     file_marks: tuple[str, ...] | None = None
     # Rewards that pay a share of a text, by the name under which stored texts are graded so.

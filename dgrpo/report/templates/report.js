@@ -182,6 +182,7 @@ find("more-metrics").addEventListener("toggle", drawCharts);
 
 // ---- page
 find("subtitle").textContent = data.subtitle;
+data.warnings.forEach((text) => make("li", find("notes"), "warning", text));
 data.notes.forEach((note) => make("li", find("notes"), "", note));
 data.tiles.forEach((tile) => {
   const card = make("div", find("tiles"), "tile card");
