@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument("task", choices=TRAINABLE, metavar="TASK", help=", ".join(TRAINABLE))
     training.add_argument("settings", nargs=argparse.REMAINDER, metavar="...", help="settings, such as --max_steps 10")
-    training.set_defaults(run=lambda arguments: run_recipe(TRAINABLE[arguments.task], arguments.settings))
+    training.set_defaults(run=lambda arguments: run_recipe(arguments.task, arguments.settings))
 
     commands.add_parser("evaluate", help="accuracy of checkpoints, of adapters, or of stored texts", add_help=False)
 

@@ -9,13 +9,8 @@ _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, within it in a wheel.
 RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
 
-# From the folder, not from the tasks: `dgrpo --help` should not import them. Only the recipe on programs is not called
-# what its task is.
-TRAINABLE = {
-    {"kodcode": "code"}.get(file.stem, file.stem): file.stem
-    for file in sorted(RECIPES.glob("*.py"))
-    if file.stem not in ("evaluate", "merge")
-}
+# From the folder, not from the tasks: `dgrpo --help` should not import them.
+TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not in ("evaluate", "merge")]
 
 
 def run_recipe(name: str, words: list[str]) -> None:

@@ -30,8 +30,6 @@ from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
 
-# Only the recipe on programs is not called what its task is.
-RECIPES = {"code": "kodcode"}
 PROTOCOLS = ("strict", "d1")
 
 
@@ -67,7 +65,7 @@ def samplers(arguments: argparse.Namespace, task: Task, embedded: bool) -> list[
     """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it."""
     recipe = {}
     if embedded:
-        file = Path(__file__).with_name(f"{RECIPES.get(task.name, task.name)}.yaml")
+        file = Path(__file__).with_name(f"{task.name}.yaml")
         recipe = yaml.safe_load(file.read_text())
     configs = []
     for length in arguments.lengths or ([recipe["max_completion_length"]] if embedded else [128, 256, 512]):

@@ -37,7 +37,7 @@ def ran(monkeypatch):
 def test_train_runs_the_recipe_of_the_task_with_the_words_that_follow(ran, task):
     main(["train", task, "--max_steps", "1", "--help"])
     ((file, words, name),) = ran
-    assert file == ROOT / "recipes" / ("kodcode.py" if task == "code" else f"{task}.py")
+    assert file == ROOT / "recipes" / f"{task}.py"
     assert file.is_file()
     assert (words, name) == (["--max_steps", "1", "--help"], "__main__")
 

@@ -227,7 +227,7 @@ def test_right_texts_on_every_task_are_right_once_stored_by_both_protocols(name)
 
 
 def test_rows_as_d1_stores_them():
-    gsm8k, sudoku, code = (TASKS[name] for name in ("gsm8k", "sudoku", "code"))
+    gsm8k, sudoku, code = (TASKS[name] for name in ("gsm8k", "sudoku", "programs"))
     assert gsm8k.to_stored({"question": "q", "answer": "1,080"}) == {"question": "q", "ground_truth": 1080.0}
     assert gsm8k.to_stored({"question": "q", "answer": "none"})["ground_truth"] is None
     nine = {"question": "0" * 81, "puzzle": "0" * 81, "solution": "1" * 81}
@@ -378,7 +378,7 @@ def test_stored_generations_are_graded_and_compared_by_one_command(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.replace("│", " ").split()[:4] for line in done.stdout.splitlines() if "│" in line]
     assert lines == [
-        ["code", "strict", "1", "100.00%"], ["gsm8k", "strict", "1", "0.00%"], ["gsm8k", "d1", "1", "100.00%"],
+        ["programs", "strict", "1", "100.00%"], ["gsm8k", "strict", "1", "0.00%"], ["gsm8k", "d1", "1", "100.00%"],
     ]  # fmt: skip
     assert "neither <answer> nor </answer>" in done.stdout
     done = recipe("--generations", str(tmp_path / "code_0_generations.json"), "--protocol", "d1")

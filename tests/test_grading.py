@@ -240,7 +240,7 @@ STORED_TEXTS = {
     "math500": ("<answer>{answer}</answer>", "\\boxed{{{answer}}}", {"answer": ""}),
     "countdown": ("<answer>{expression}</answer>", "<answer>{expression} = {target}</answer>", {"numbers": []}),
     "sudoku": ("<answer>{solution}</answer>", "<answer>{solution}0</answer>", {"puzzle": "9" * 16}),
-    "code": ("```\n{solution}\n```", "```\ndef f(x): return {first}\n```", {"tests": []}),
+    "programs": ("```\n{solution}\n```", "```\ndef f(x): return {first}\n```", {"tests": []}),
 }
 
 
@@ -255,7 +255,7 @@ def test_stored_texts_of_every_task_are_graded_as_they_were(name, tmp_path):
     columns = {column: [each[column] for each in rows] for column in row}
     marks = task.grade(prompts=[None] * 4, completions=texts, **columns)
     assert (marks[0], marks[2], marks[3]) == (1.0, 0.0, None)
-    assert marks[1] == (pytest.approx(1 / 3) if name == "code" else 0.0), "one of three tests passes"
+    assert marks[1] == (pytest.approx(1 / 3) if name == "programs" else 0.0), "one of three tests passes"
     answers = [Answer(i, texts[i], marks[i], True, 9, True, 0.1) for i in range(4)]
     found = Evaluation.of(answers)
     path = tmp_path / f"{name}_9_9_0_generations.json"
@@ -270,7 +270,7 @@ def test_a_reference_is_stored_as_the_reward_reads_it():
     assert TASKS["gsm8k"].to_stored({"question": "q", "answer": "$1,080"})["ground_truth"] == 1080.0
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "code"])
+@pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "programs"])
 def test_a_text_on_a_row_without_reference_is_wrong(task):
     report = grade([item("<answer>72</answer>", None)], task)
     assert (report.n, report.skipped, report.accuracy) == (1, 0, 0.0)
@@ -343,7 +343,7 @@ def test_names_of_files():
     assert setup_name("runs/gsm8k_instruct_128_64_0_generations.json") == "gsm8k_instruct_128_64"
     assert setup_name("mine.json") == "mine"
     assert infer_task("x/math500_instruct_128_64_0_generations.json") == "math500"
-    assert infer_task("humaneval_0_generations.json") == "code"
+    assert infer_task("humaneval_0_generations.json") == "programs"
     with pytest.raises(ValueError, match="tells no task"):
         infer_task("generations.json")
 
@@ -359,8 +359,8 @@ def test_what_cannot_be_graded_is_refused(tmp_path):
         grade_files(["gsm8k.json", "sudoku.json"])
     with pytest.raises(ValueError, match="protocol 'lenient'"):
         grade([], "gsm8k", "lenient")
-    with pytest.raises(ValueError, match="'code' has no protocol 'd1'"):
-        grade([], "code", "d1")
+    with pytest.raises(ValueError, match="'programs' has no protocol 'd1'"):
+        grade([], "programs", "d1")
 
 
 def test_wilson_interval():

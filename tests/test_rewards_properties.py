@@ -9,7 +9,7 @@ from effort import effort
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import code, countdown, format, gsm8k, math500, sudoku
+from rewards import countdown, format, gsm8k, math500, programs, sudoku
 
 PROJECT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ FAST = [
     sudoku.cells_reward,
     sudoku.solved_reward,
 ]
-SLOW = [math500.correctness_reward, code.tests_reward]
+SLOW = [math500.correctness_reward, programs.tests_reward]
 
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "<answer", "\\boxed{", "```", "```python", "####"]
 VALUES = [
@@ -148,7 +148,7 @@ def test_long_texts(name):
 def test_importing_rewards_imports_neither_torch_nor_dgrpo():
     script = (
         f"import sys; sys.path.insert(0, {str(PROJECT)!r})\n"
-        "import rewards.code, rewards.countdown, rewards.format, rewards.gsm8k, rewards.math500, rewards.sudoku\n"
+        "import rewards.programs, rewards.countdown, rewards.format, rewards.gsm8k, rewards.math500, rewards.sudoku\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'dgrpo', 'sympy', 'numpy', 'trl'}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

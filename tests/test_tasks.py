@@ -9,7 +9,7 @@ import pytest
 from datasets import load_dataset
 
 from dgrpo.evaluation import stored
-from dgrpo.tasks import EMBEDDED, TASKS, Task, code, countdown, gsm8k, load_rows, math500, prompt_messages, sudoku
+from dgrpo.tasks import EMBEDDED, TASKS, Task, countdown, gsm8k, load_rows, math500, programs, prompt_messages, sudoku
 from dgrpo.tiny import sudoku as grids
 from rewards.sudoku import is_solved
 
@@ -145,7 +145,7 @@ def answers(task, rows: list[dict]) -> list[tuple[str, str]]:
         ]
     if task is countdown.TASK:
         return [(in_tags(row["expression"]), in_tags(row["expression"] + "+1")) for row in rows]
-    if task is code.TASK:
+    if task is programs.TASK:
         return [(in_tags(f"```python\n{r['solution']}\n```"), in_tags(f"```\n{r['solution']}+1\n```")) for r in rows]
     if task is math500.TASK:
         golds = [task.to_row(row)["answer"] for row in rows]
@@ -156,11 +156,11 @@ def answers(task, rows: list[dict]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", TASKS)
 def test_the_gold_answers_of_the_embedded_rows_are_right_and_others_wrong(name):
     task = TASKS[name]
-    rows = task.embedded("held_out", 6 if name == "code" else 64, 0)
+    rows = task.embedded("held_out", 6 if name == "programs" else 64, 0)
     converted = [task.to_row(row) for row in rows]
     columns = {column: [row[column] for row in converted] for column in converted[0]}
     for texts, grade in zip(zip(*answers(task, rows), strict=True), (1.0, 0.0), strict=True):
-        if grade == 0.0 and name == "code":
+        if grade == 0.0 and name == "programs":
             # Added to a remainder, 1 leaves none of the tests right.
             texts = [text.replace("return ", "return 1 + ") for text in texts]
         assert task.grade(prompts=[], completions=texts, **columns) == [grade] * len(rows)
@@ -183,11 +183,11 @@ def test_wrong_input_is_told_by_name(tmp_path):
         ("countdown", {"nums": [1, 2]}, "'target or output'"),
         ("sudoku", {"Puzzle": "0" * 16}, "'Solution or solution'"),
         ("sudoku", {"Solution": "0" * 16}, "'Puzzle or puzzle'"),
-        ("code", {"prompt": "1"}, "'tests or test or test_list'"),
-        ("code", {"tests": ["assert f(1)"]}, "'prompt or question'"),
-        ("code", {"prompt": "1", "entry_point": "f"}, "'test'"),
-        ("code", {"test_list": ["assert f(1)"]}, "'text or prompt'"),
-        ("code", {"test": "assert f(1)"}, "'question'"),
+        ("programs", {"prompt": "1"}, "'tests or test or test_list'"),
+        ("programs", {"tests": ["assert f(1)"]}, "'prompt or question'"),
+        ("programs", {"prompt": "1", "entry_point": "f"}, "'test'"),
+        ("programs", {"test_list": ["assert f(1)"]}, "'text or prompt'"),
+        ("programs", {"test": "assert f(1)"}, "'question'"),
     ],
 )
 def test_a_missing_column_is_told_by_name(write, name, row, field):
@@ -235,7 +235,7 @@ def test_rows_of_the_hub_s_forms_are_read():
 
 
 PROGRAM = "def add(a, b):\n    return a + b"
-CODE_ROWS = {
+PROGRAM_ROWS = {
     "kodcode": (
         {
             "question": "Add two numbers.",
@@ -273,13 +273,13 @@ CODE_ROWS = {
 }
 
 
-@pytest.mark.parametrize("source", CODE_ROWS)
+@pytest.mark.parametrize("source", PROGRAM_ROWS)
 def test_programs_of_every_source_are_tested(source):
-    row, question = CODE_ROWS[source]
-    converted = code.to_row(row)
+    row, question = PROGRAM_ROWS[source]
+    converted = programs.to_row(row)
     assert converted["question"] == question
     texts = [f"<answer>\n```python\n{text}\n```\n</answer>" for text in (PROGRAM, PROGRAM.replace("+", "-"))]
-    assert code.TASK.grade(prompts=[], completions=texts, tests=[converted["tests"]] * 2) == [1.0, 0.0]
+    assert programs.TASK.grade(prompts=[], completions=texts, tests=[converted["tests"]] * 2) == [1.0, 0.0]
 
 
 def test_no_sudoku_grid_of_a_file_is_on_both_sides(write):

@@ -3,7 +3,7 @@
 - KodCode: `question`, `test` (functions `test_...`) and `test_info` with the declarations to keep.
 - HumanEval: `prompt` (the head of the function), `test` and `entry_point`.
 - MBPP: `text` or `prompt`, `test_list`, and what the tests need: `test_setup_code` or `test_imports`.
-- Your own: `prompt` and `tests`, as `rewards.code` reads them.
+- Your own: `prompt` and `tests`, as `rewards.programs` reads them.
 """
 
 import random
@@ -14,7 +14,7 @@ from typing import Any
 
 from dgrpo.noise import fixed_order
 from dgrpo.tasks.task import Task, field_of
-from rewards.code import tests_reward
+from rewards.programs import tests_reward
 
 INSTRUCTION = """Write the Python function that is asked for. Write your working between <reasoning> and \
 </reasoning>, then the program, complete with its imports, between <answer> and </answer>:
@@ -87,7 +87,7 @@ def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
 
 
 TASK = Task(
-    name="code",
+    name="programs",
     hub_name="KodCode/KodCode-Light-RL-10K",
     hub_config=None,
     instruction=INSTRUCTION,
@@ -96,6 +96,6 @@ TASK = Task(
     embedded=embedded,
     to_stored=lambda row: {"question": row["question"], "ground_truth": row["tests"]},
     from_stored=lambda item: {"tests": item.get("ground_truth")},
-    file_marks=("humaneval", "mbpp", "kodcode", "code"),
+    file_marks=("humaneval", "mbpp", "kodcode", "programs", "code"),
     held_out_split=None,
 )
