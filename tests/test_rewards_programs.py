@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from rewards import programs, sandbox
+from rewards import programs as rewards_programs
+from rewards import sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -14,7 +15,7 @@ TESTS = "def test_small():\n    assert add(1, 2) == 3\n\ndef test_large():\n    
 
 def scores(programs, tests):
     completions = [f"<answer>\n```python\n{program}\n```\n</answer>" for program in programs]
-    return programs.tests_reward([None] * len(programs), completions, [tests] * len(programs))
+    return rewards_programs.tests_reward([None] * len(programs), completions, [tests] * len(programs))
 
 
 def score(program, tests):
@@ -62,8 +63,8 @@ def test_rows_without_tests_get_none(tests):
     ],
 )
 def test_where_the_program_is_found(text):
-    assert programs.tests_reward([None], [text], [TESTS]) == [1.0]
-    assert programs.tests_reward([None], [[{"role": "assistant", "content": text}]], [TESTS]) == [1.0]
+    assert rewards_programs.tests_reward([None], [text], [TESTS]) == [1.0]
+    assert rewards_programs.tests_reward([None], [[{"role": "assistant", "content": text}]], [TESTS]) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_where_the_program_is_found(text):
     ["", "\x00", "```python", "```python\n```", "\ud800", "def add(a, b:\n", "1/0", "x" * 100_000, "(" * 40_000],
 )
 def test_texts_that_are_no_program_score_zero(text):
-    assert programs.tests_reward([None], [text], [TESTS]) == [0.0]
+    assert rewards_programs.tests_reward([None], [text], [TESTS]) == [0.0]
 
 
 ZERO = "def add(a, b): return 0\n"
@@ -180,7 +181,7 @@ def add(a, b):
 
 
 def test_hostile_programs_score_zero(monkeypatch):
-    monkeypatch.setattr(programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
     got = scores(HOSTILE.values(), TESTS)
     assert dict(zip(HOSTILE, got, strict=True)) == dict.fromkeys(HOSTILE, 0.0)
 
@@ -342,8 +343,8 @@ def test_approx():
     assert same([0.1 + 0.2, 1]) == pytest.approx([0.3, 1.0]) and same({"a": 0.3}) == pytest.approx({"a": 0.1 + 0.2})
     assert same(0.31) != pytest.approx(0.3)
 """
-    setup, *steps = programs.split_tests([tests])
-    alone = {step.source: programs.share_passed(program, [setup, step], sandbox.Limits()) for step in steps}
+    setup, *steps = rewards_programs.split_tests([tests])
+    alone = {step.source: rewards_programs.share_passed(program, [setup, step], sandbox.Limits()) for step in steps}
     assert alone == dict.fromkeys(alone, 1.0)
     assert len(alone) == tests.count("def test_")
 
@@ -364,7 +365,7 @@ def test_a_name_of_the_tests_is_never_the_programs():
 
 
 def test_tests_before_a_limit_count(monkeypatch):
-    monkeypatch.setattr(programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
     program = "def add(a, b):\n    while a > 5: pass\n    return a + b"
     assert score(program, TESTS) == 0.5
 
@@ -380,4 +381,4 @@ def test_order_and_length_are_kept():
     programs = [f"def add(a, b):\n    return {n}" for n in range(4)]
     completions = [f"```\n{program}\n```" for program in programs]
     tests = [f"assert add(0, 0) == {n if n % 2 else -1}" for n in range(4)]
-    assert programs.tests_reward([None] * 4, completions, tests) == [0.0, 1.0, 0.0, 1.0]
+    assert rewards_programs.tests_reward([None] * 4, completions, tests) == [0.0, 1.0, 0.0, 1.0]

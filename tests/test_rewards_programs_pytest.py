@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from rewards import programs as rewards_programs
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -12,7 +14,7 @@ ZERO = "def add(a, b): return 0\n"
 
 def scores(programs, tests):
     completions = [f"```python\n{program}\n```" for program in programs]
-    return programs.tests_reward([None] * len(programs), completions, [tests] * len(programs))
+    return rewards_programs.tests_reward([None] * len(programs), completions, [tests] * len(programs))
 
 
 PLAIN = "def test_plain():\n    assert add(1, 2) == 3\n"

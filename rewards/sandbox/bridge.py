@@ -1,6 +1,6 @@
 """Lets tests in one sandbox call a program in another; the text of this file runs in both.
 
-The program's process (`serve`) executes the program and answers calls. The tests' process (`judge`, in `_judge.py`)
+The program's process (`serve`) executes the program and answers calls. The tests' process (`judge`, in `judge.py`)
 executes the tests and reports each result on its own output. Between them go messages of plain values, never code or
 pickles, so that a hostile program can do one thing only: choose what its functions return, raise, or leave in the
 lists that they were given.

@@ -1,30 +1,36 @@
-"""Gives up, in a forked child of the sandbox, every right that a program must not have; nothing of it can be undone.
+"""Runs inside the sandbox, before the program: gives up every right that the program must not have, then becomes it.
 
-It needs no privilege and installs:
+`rewards.sandbox` starts it as `python -c <this text> <settings as JSON>` with the program's text as standard input, in
+the program's own folder, under bubblewrap or not. It needs no privilege and installs, each without return:
 
-- resource limits: CPU time, memory, open files, no core dumps, no further process or thread;
+- resource limits: CPU time, memory, file size, open files, no core dumps, no further process or thread;
 - as root: a user of its own without rights (a user number derived from the process number);
-- Landlock (Linux 5.13): files can be read only where Python lies, and none can be written, made or changed;
-- a seccomp filter: no process, thread, exec, namespace, mount, key, network, no way to make, change or rename a file,
-  none into another process, and none to have a signal sent to one, by whatever call the kernel would send it.
+- Landlock (Linux 5.13): files can be read only where Python lies, and written only in the program's folder, in which
+  no folders, links or devices can be made;
+- a seccomp filter: no process, thread, exec, socket, namespace, mount, key, change of mode or owner, no folders, links
+  or devices, no way into another process, and none to have the kernel send it a signal, by whatever call (`kill`, a
+  file's or socket's owner, a lease, a timer, a queue).
 
-A program is refused unless the filter holds, and either Landlock, or a user of its own, or bubblewrap does.
+It refuses to start the program unless the filter holds, and either Landlock, or a user of its own, or bubblewrap does.
 """
 
 import ctypes
+import json
 import os
 import resource
 import struct
 import sys
 
+REFUSED = 125  # exit code: the machine offers too little to confine a program
+
 libc = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 8, 22, 38
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 8, 22, 38
 CAP_DAC_READ_SEARCH = 2
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
 # Rights of linux/landlock.h, by bit. Execution is granted nowhere.
 READ = 1 << 2 | 1 << 3  # files, folders
-READ_WRITE_FILE = 1 << 1 | 1 << 2 | 1 << 14  # and: truncate
+READ_WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14  # and: write, remove, make regular files, truncate
 
 # System call numbers from arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 # pidfd_send_signal ... clone3, openat2, pidfd_getfd, process_madvise, mount_setattr, memfd_secret, mrelease, fchmodat2
@@ -35,10 +41,20 @@ FORBIDDEN = {
         "signal": [62, 200, 234, 129, 297, 222, 244],  # kill ... rt_tgsigqueueinfo, timer_create, mq_notify
         "other processes": [101, 310, 311, 312, 256, 279, 141, 142, 144, 203, 251, 314],  # ptrace ... sched_setattr
         "network": [41, 42, 49],  # socket, connect, bind
-        "files": [85, 83, 258, 133, 259, 86, 265, 88, 266, 82, 264, 316, 87, 263, 84, 76, 319],  # creat ... memfd_create
+        "folders, links, devices": [83, 258, 133, 259, 86, 265, 88, 266, 319],  # mkdir ... symlinkat, memfd_create
         "memory that outlives": [29, 64, 68, 240, 248, 249, 250],  # shmget, semget, msgget, mq_open, keys
         "namespaces and mounts": [155, 161, 165, 166, 272, 304, 308],
-        "kernel": [103, 135, 154, 157, 206, 298, 317, 321, 323],  # syslog, personality, modify_ldt, prctl, io_setup ...
+        "kernel": [
+            103,
+            135,
+            154,
+            157,
+            206,
+            298,
+            317,
+            321,
+            323,
+        ],  # syslog, personality, modify_ldt, prctl ...
         "mode, owner, times": [90, 91, 92, 93, 94, 132, 188, 189, 190, 235, 260, 261, 268, 280],
     },
     "aarch64": {
@@ -46,7 +62,7 @@ FORBIDDEN = {
         "signal": [129, 130, 131, 138, 240, 107, 184],
         "other processes": [117, 270, 271, 272, 238, 239, 140, 118, 119, 122, 30, 274],
         "network": [198, 200, 203],
-        "files": [34, 33, 37, 36, 38, 276, 35, 45, 279],
+        "folders, links, devices": [34, 33, 37, 36, 279],
         "memory that outlives": [194, 190, 186, 180, 217, 218, 219],
         "namespaces and mounts": [39, 40, 41, 51, 97, 265, 268],
         "kernel": [116, 92, 167, 0, 241, 277, 280, 282],
@@ -56,33 +72,32 @@ FORBIDDEN = {
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Calls that depend on an argument: prlimit on oneself only, and the others as `filter_program` says.
 PRLIMIT, FCNTL, IOCTL = ({"x86_64": x, "aarch64": a} for x, a in ((302, 261), (72, 25), (16, 29)))
-OPEN = {"x86_64": [(2, 1), (257, 2)], "aarch64": [(56, 2)]}  # open and openat, with the place of their flags
-# What these may do: duplicate, flags of descriptor and file, locks, pipe size; not set an owner, signal, lease, notice.
+# Allowed: duplicates, flags of descriptor and file, locks, pipe sizes; not an owner, signal, lease or notice.
 FCNTL_ALLOWED = [0, 1, 2, 3, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034]
 F_SETFL, O_ASYNC = 4, 0x2000
 IOCTL_ALLOWED = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX
-WRITES = 0o3 | 0o100 | 0o1000 | 0o20000000  # O_WRONLY and O_RDWR, O_CREAT, O_TRUNC, O_TMPFILE
 FIRST_UNKNOWN_CALL = 463  # calls newer than this list, and x86's second table (0x40000000 and up), are refused
 
 
-def set_limits(limits):
+def set_limits(settings):
     """Resource limits of this process; the hard limits too, so that they cannot be raised again."""
     for name, value in {
-        "RLIMIT_AS": limits["memory_mib"] * 2**20,
-        "RLIMIT_FSIZE": 0,
-        "RLIMIT_NOFILE": limits["open_files"],
+        "RLIMIT_AS": settings["memory_bytes"],
+        "RLIMIT_FSIZE": settings["file_bytes"],
+        "RLIMIT_NOFILE": settings["open_files"],
         "RLIMIT_CORE": 0,
         "RLIMIT_NPROC": 0,
         "RLIMIT_MSGQUEUE": 0,
     }.items():
         resource.setrlimit(getattr(resource, name, resource.RLIMIT_CORE), (value, value))
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_seconds"], limits["cpu_seconds"] + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (settings["cpu_seconds"], settings["cpu_seconds"] + 1))
 
 
 def leave_root(keep_reading):
     """Become a user without rights; with `keep_reading` it reads past file modes, so far as Landlock lets it."""
     os.setgroups([])  # the first to fail where users cannot be changed, before anything has been
     user = 40000 + os.getpid() % 20000
+    os.chown(".", user, user)
     libc.prctl(PR_SET_KEEPCAPS, int(keep_reading), 0, 0, 0)
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
@@ -93,11 +108,13 @@ def leave_root(keep_reading):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def make_ruleset(readable):
-    """Landlock's rules as a file descriptor: read below `readable`, nothing else; None where there is no Landlock."""
-    version = max(libc.syscall(SYS_LANDLOCK_CREATE, None, 0, 1), 0)
-    if not version:
-        return None
+def landlock_version():
+    return max(libc.syscall(SYS_LANDLOCK_CREATE, None, 0, 1), 0)
+
+
+def restrict_files(readable):
+    """Landlock: read below `readable`, read and write in the current folder, nothing else."""
+    version = landlock_version()
     handled = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     # Version 6 also keeps signals and abstract sockets inside; the fields after the first came with later versions.
     fields = [handled] if version < 4 else [handled, 3] if version < 6 else [handled, 3, 3]
@@ -105,19 +122,22 @@ def make_ruleset(readable):
     ruleset = libc.syscall(SYS_LANDLOCK_CREATE, attributes, len(attributes), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
-    for path in [*readable, "/dev/null"]:
+    rights = dict.fromkeys(readable, READ) | {".": READ_WRITE, "/dev/null": READ_WRITE}
+    for path, allowed in rights.items():
         if not os.path.exists(path):
             continue
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = handled & (READ if os.path.isdir(path) else READ_WRITE_FILE if path == "/dev/null" else 1 << 2)
+        allowed &= handled if os.path.isdir(path) else handled & (1 << 1 | 1 << 2 | 1 << 14)
         if libc.syscall(SYS_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", allowed, folder), 0):
             raise OSError(ctypes.get_errno(), "landlock_add_rule")
         os.close(folder)
-    return ruleset
+    if libc.syscall(SYS_LANDLOCK_RESTRICT, ruleset, 0):
+        raise OSError(ctypes.get_errno(), "landlock_restrict_self")
+    os.close(ruleset)
 
 
-def filter_program(machine, landlock):
-    """The seccomp filter, which answers EPERM to what is forbidden, as the struct that prctl takes."""
+def filter_calls(machine):
+    """A seccomp filter that answers EPERM to every forbidden system call; irrevocable."""
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
     call, argument = 0, lambda number: 16 + 8 * number  # offsets in struct seccomp_data; the lower half of an argument
@@ -136,8 +156,6 @@ def filter_program(machine, landlock):
     set_flags = [(load, 0, 0, argument(1)), (equal, 0, 4, F_SETFL), *without(2, O_ASYNC)]
     rules = [(PRLIMIT[machine], only(0, [0])), (IOCTL[machine], only(1, IOCTL_ALLOWED))]
     rules.append((FCNTL[machine], set_flags + only(1, FCNTL_ALLOWED)))
-    if not landlock:
-        rules += [(number, without(place, WRITES)) for number, place in OPEN[machine]]
     forbidden = UNIFIED + sum(FORBIDDEN[machine].values(), [])
     program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (give, 0, 0, kill), (load, 0, 0, call)]
     program += [(at_least, 0, 1, FIRST_UNKNOWN_CALL), (give, 0, 0, refuse)]
@@ -145,10 +163,9 @@ def filter_program(machine, landlock):
         program += [(equal, 0, len(body), number), *body]
     program.append((give, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    # Whoever keeps the header keeps the code.
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
-    header.code = code
-    return header
+    if libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
 
 
 def readable_by_all(path):
@@ -159,41 +176,52 @@ def readable_by_all(path):
     return True
 
 
-class Confinement:
-    """What confines the children of this process: prepared once, then entered by each of them."""
+def confine(settings):
+    """Give up rights, and return the names of the layers that hold."""
+    layers = ["bubblewrap"] if settings["bubblewrap"] else []
+    landlock = landlock_version() > 0
+    if os.geteuid() == 0:
+        try:
+            leave_root(keep_reading=landlock and not readable_by_all(settings["readable"][0]))
+            layers.append("own user")
+        except PermissionError:  # a container, or bubblewrap's namespace, without the right to change users
+            pass
+    libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    set_limits(settings)
+    layers.append("resource limits")
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs")
+    if landlock:
+        restrict_files(settings["readable"])
+        layers.append("landlock")
+    machine = os.uname().machine
+    if machine in FORBIDDEN and sys.byteorder == "little":
+        filter_calls(machine)
+        layers.append("seccomp")
+    return layers
 
-    def __init__(self, readable, bubblewrap, landlock):
-        self.bubblewrap = bubblewrap
-        # Nobody may look into this process or its children: no /proc/<number>/mem, no ptrace.
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
-            raise OSError(ctypes.get_errno(), "no_new_privs")
-        self.ruleset = make_ruleset(readable) if landlock else None
-        self.keep_reading = self.ruleset is not None and not readable_by_all(readable[0])
-        machine = os.uname().machine
-        known = machine in FORBIDDEN and sys.byteorder == "little"
-        self.filter = filter_program(machine, self.ruleset is not None) if known else None
 
-    def enter(self, limits):
-        """Give up rights in this process, and return the names of the layers that hold."""
-        layers = ["bubblewrap"] if self.bubblewrap else []
-        if os.geteuid() == 0:
-            try:
-                leave_root(self.keep_reading)
-                layers.append("own user")
-            except PermissionError:  # a container, or bubblewrap's namespace, without the right to change users
-                pass
-        libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
-        set_limits(limits)
-        layers.append("resource limits")
-        if self.ruleset is not None:
-            if libc.syscall(SYS_LANDLOCK_RESTRICT, self.ruleset, 0):
-                raise OSError(ctypes.get_errno(), "landlock_restrict_self")
-            layers.append("landlock")
-        if self.filter is not None:
-            if libc.prctl(PR_SET_SECCOMP, 2, self.filter, 0, 0):
-                raise OSError(ctypes.get_errno(), "seccomp")
-            layers.append("seccomp")
-        if "seccomp" not in layers or not {"landlock", "own user", "bubblewrap"} & set(layers):
-            raise OSError(f"this machine cannot confine a program, it has only: {', '.join(layers)}")
-        return layers
+def main():
+    settings = json.loads(sys.argv[1])
+    source = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    try:
+        layers = confine(settings)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"the sandbox could not be set up: {error}\n")
+        sys.exit(REFUSED)
+    if "seccomp" not in layers or not {"landlock", "own user", "bubblewrap"} & set(layers):
+        sys.stderr.write(f"this machine cannot confine a program, it has only: {', '.join(layers)}\n")
+        sys.exit(REFUSED)
+    if settings["report"]:
+        import fractions  # noqa: F401 - a program can still read Python's own library
+
+        sys.stdout.write(json.dumps(layers))
+        return
+    sys.argv = ["program.py"]
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__", "__builtins__": __builtins__})
+
+
+main()

@@ -1,4 +1,4 @@
-"""Executes tests against a program in another sandbox; runs after the text of `_bridge.py`, in the tests' process."""
+"""Executes tests against a program in another sandbox; runs after the text of `bridge.py`, in the tests' process."""
 
 import builtins
 import decimal
@@ -10,7 +10,7 @@ import re
 import sys
 import types
 
-from _bridge import Peer
+from rewards.sandbox.bridge import Peer
 
 
 class Raises:
@@ -92,7 +92,7 @@ def no_effect(*args, **kwargs):
 
 
 def pytest_stand_in():
-    """The module that tests import as `pytest`; its names are `PYTEST_HAS` in `_steps.py`."""
+    """The module that tests import as `pytest`; its names are `PYTEST_HAS` in `steps.py`."""
     pytest = types.ModuleType("pytest")
     pytest.raises, pytest.approx, pytest.fail, pytest.fixture = raises, Approx, fail, no_effect
     pytest.param, pytest.main = lambda *values, id=None, marks=(): Param(values), no_effect
@@ -142,6 +142,15 @@ def judge(steps, used, mentioned, read_fd, write_fd):
     solution.__all__ = [name for name in bound if name not in hidden]
     sys.modules["solution"] = solution
     execute(steps, {name: bound[name] for name in solution.__all__ if name in used}, results)
+
+
+def judge_together(steps, used, program):
+    """Execute the program and then the steps in this one process."""
+    results = silenced()
+    solution = types.ModuleType("solution")
+    sys.modules["solution"] = solution
+    exec(compile(program, "solution.py", "exec"), solution.__dict__)
+    execute(steps, {name: solution.__dict__[name] for name in used if name in solution.__dict__}, results)
 
 
 def rehearse(texts):

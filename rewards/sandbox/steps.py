@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-# What the stand-in for pytest has (`_judge.py`), and what only pytest itself would do, by the names that ask for it.
+# What the stand-in for pytest has (`judge.py`), and what only pytest itself would do, by the names that ask for it.
 PYTEST_HAS = {"approx", "fail", "fixture", "main", "mark", "param", "raises"}
 MARKS_NOT_HERE = {"skip", "skipif", "xfail", "usefixtures"}
 SETUP_NOT_HERE = {"setup_module", "setup_function"}

@@ -6,7 +6,7 @@
 A program runs in Python's own interpreter without third-party packages, in an empty folder that is deleted afterwards,
 with empty standard input and a scrubbed environment. Wall and CPU time, memory, output and file sizes and open files
 are limited, it has no network, and it is one process with one thread: fork, exec and threads are refused, so there is
-nothing to escape into and nothing left to kill. What holds it is written in `rewards/_confine.py`.
+nothing to escape into and nothing left to kill. What holds it is written in `rewards/sandbox/confine.py`.
 
 Where `bwrap` works (tried once by running it), all this happens inside bubblewrap, in namespaces of its own. Without
 it the same limits, user, Landlock rules and system call filter hold on their own; `layers` says which are in force,
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-CONFINE = Path(__file__).with_name("_confine.py")
+CONFINE = Path(__file__).with_name("confine.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 FOLDER_IN_BUBBLEWRAP = "/program"
 START_SECONDS = 30.0
