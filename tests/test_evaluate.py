@@ -382,7 +382,7 @@ def test_stored_generations_are_graded_and_compared_by_one_command(tmp_path):
     ]  # fmt: skip
     assert "neither <answer> nor </answer>" in done.stdout
     done = recipe("--generations", str(tmp_path / "code_0_generations.json"), "--protocol", "d1")
-    assert "'code' has no protocol 'd1'" in done.stderr
+    assert "'programs' has no protocol 'd1'" in done.stderr
 
 
 def test_the_global_random_state_is_untouched(tiny, rows):
