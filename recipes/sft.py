@@ -19,7 +19,7 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
-from dgrpo.trainers.checkpoints import refuse_to_mix_runs, resume_checkpoint
+from dgrpo.trainers.manifest import refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.sft import from_s1k
 
 

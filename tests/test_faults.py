@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from trainers import place_in_group, tiny_trainer
 from transformers import TrainerState
 
-from dgrpo.trainers import checkpoints, guards, rewards
-from dgrpo.trainers.checkpoints import last_complete_checkpoint, refuse_to_mix_runs, whole_checkpoints
+from dgrpo.trainers import guards, manifest, rewards
 from dgrpo.trainers.guards import CollapseGuard, cliffs
+from dgrpo.trainers.manifest import refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.rewards import guarded
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
@@ -359,10 +359,10 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(build, tmp_path
     with pytest.raises(OSError, match=r"checkpoint-2 could not be written: .*No space left") as error:
         run.train()
     assert str(tmp_path / "run/checkpoint-1") in str(error.value)
-    assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-1")
+    assert resume_checkpoint(tmp_path / "run").endswith("checkpoint-1")
     assert not (tmp_path / "run/unfinished").exists(), "what takes up room and is of no use"
     monkeypatch.undo()
-    build(save_strategy="steps", save_steps=1, save_total_limit=1).train(last_complete_checkpoint(tmp_path / "run"))
+    build(save_strategy="steps", save_steps=1, save_total_limit=1).train(resume_checkpoint(tmp_path / "run"))
     straight = build(output_dir=str(tmp_path / "straight"), save_strategy="steps", save_steps=1)
     straight.train()
     files = [folder / "checkpoint-4/model.safetensors" for folder in (tmp_path / "run", tmp_path / "straight")]
@@ -403,10 +403,10 @@ def test_a_checkpoint_takes_the_place_of_one_of_its_name(build, tmp_path):
 def test_the_best_weights_are_kept_beside_the_last(build, tmp_path):
     run = build(max_steps=2)
     run.train()
-    run.save_best({"step": 2, "eval_accuracy": 0.5})
+    run.checkpoints.save_best({"step": 2, "eval_accuracy": 0.5})
     best = load_file(tmp_path / "run/best/model.safetensors")
     run.model.get_input_embeddings().weight.data += 1
-    run.save_best({"step": 3, "eval_accuracy": 0.75})
+    run.checkpoints.save_best({"step": 3, "eval_accuracy": 0.75})
     assert json.loads((tmp_path / "run/best/best.json").read_text())["step"] == 3
     name = next(name for name in best if "wte" in name)
     assert torch.allclose(load_file(tmp_path / "run/best/model.safetensors")[name], best[name] + 1)
@@ -432,6 +432,6 @@ def test_a_power_cut_finds_the_files_written(tmp_path, monkeypatch):
     written = tmp_path / "unfinished/checkpoint-1"
     (written / "inner").mkdir(parents=True)
     (written / "inner/file").write_text("x")
-    checkpoints.put_in_place(written, tmp_path / "checkpoint-1")
+    manifest.put_in_place(written, tmp_path / "checkpoint-1")
     assert set(order[: order.index("rename")]) == {str(written), str(written / "inner"), str(written / "inner/file")}
     assert order[-1] == str(tmp_path)

@@ -1,6 +1,7 @@
 """Resuming: a run stopped at any checkpoint ends bit-equal to the one that was not."""
 
 import inspect
+import json
 import random
 
 import numpy as np
@@ -16,7 +17,7 @@ from trl import GRPOTrainer
 
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.run.callbacks import MetricsFile, ProgressLine
-from dgrpo.trainers.checkpoints import last_complete_checkpoint, move_earlier_run_aside
+from dgrpo.trainers.manifest import move_earlier_run_aside, resume_checkpoint, write_manifest
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 
@@ -140,7 +141,7 @@ def test_no_estimator_is_left_out_above():
 def test_a_run_that_was_stopped_after_its_last_update_makes_no_more(build, tmp_path):
     build("cut", save_steps=12).train()
     finished = build("cut", max_steps=12)
-    finished.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "cut"))
+    finished.train(resume_from_checkpoint=resume_checkpoint(tmp_path / "cut"))
     assert finished.state.global_step == 12
     stored = load_file(tmp_path / "cut/checkpoint-12/model.safetensors")
     found = dict(finished.model.named_parameters())
@@ -190,18 +191,18 @@ def test_the_parents_have_the_methods_that_checkpoints_and_guards_rest_on():
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(build, tmp_path):
     build("cut", callbacks=[StopAt(3)]).train()
-    assert last_complete_checkpoint(tmp_path / "cut").endswith("checkpoint-3")
+    assert resume_checkpoint(tmp_path / "cut").endswith("checkpoint-3")
     (tmp_path / "cut/checkpoint-3/trainer_state.json").unlink()
-    assert last_complete_checkpoint(tmp_path / "cut").endswith("checkpoint-2")
-    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert resume_checkpoint(tmp_path / "cut").endswith("checkpoint-2")
+    assert resume_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_another_number_of_processes_is_refused(build, tmp_path):
     build("cut", callbacks=[StopAt(2)]).train()
-    path = tmp_path / "cut/checkpoint-2/rollout_0.pt"
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"num_processes": 2}, path)
-    with pytest.raises(ValueError, match="comes from 2 processes, this run has 1"):
+    path = tmp_path / "cut/checkpoint-2/settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_processes": 2}))
+    write_manifest(path.parent)
+    with pytest.raises(ValueError, match="checkpoint-2 is of another run: num_processes=1, begun with 2"):
         build("cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
 
 

@@ -7,8 +7,8 @@ from stopping import StopAt
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.noise import stream
-from dgrpo.trainers import checkpoints
-from dgrpo.trainers.checkpoints import resume_checkpoint, whole_checkpoints
+from dgrpo.trainers import manifest
+from dgrpo.trainers.manifest import resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
@@ -161,7 +161,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_equal(tiny_llada, tokenizer,
 
 def test_no_resume_checkpoint_is_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(checkpoints.logger, "warning", told.append)
+    monkeypatch.setattr(manifest.logger, "warning", told.append)
     assert resume_checkpoint(tmp_path, resume=False) is None
     assert not told
     assert resume_checkpoint(tmp_path, resume=True) is None

@@ -229,7 +229,7 @@ class HeldOutEvaluation(TrainerCallback):
         state = self.trainer.state
         known = [row["eval_accuracy"] for row in state.log_history[:-1] if row["step"] and "eval_accuracy" in row]
         if self.keeps_best and accuracy > max(known, default=-1.0):
-            self.trainer.save_best({"step": state.global_step, "eval_accuracy": accuracy})
+            self.trainer.checkpoints.save_best({"step": state.global_step, "eval_accuracy": accuracy})
 
 
 def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> None:

@@ -22,7 +22,7 @@ from dgrpo.run.settings import RecipeConfig, parse_recipe, write_config
 from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.checkpoints import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
+from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
 from dgrpo.views import MaskedViews

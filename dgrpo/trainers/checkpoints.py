@@ -1,143 +1,79 @@
-"""Checkpoints that are whole or not there, and hold all that the rest of the run depends on."""
+"""What trainers have, so that checkpoints are whole or not there and hold all that the rest of the run depends on."""
 
 import contextlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from transformers import TrainerCallback
-from transformers.utils import logging
+from transformers import Trainer, TrainerCallback
 
-logger = logging.get_logger(__name__)
-
-# Where a checkpoint is written before it is whole, inside the run's folder; what a kill leaves there is never read.
-UNFINISHED = "unfinished"
-
-
-def whole_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints in the folder whose writing was finished, by increasing step."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [path for path in folders if (path / "trainer_state.json").exists()]
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint that all processes see whole, or None; one cut off by a kill is passed over."""
-    # Machines without a shared disk were not killed in the same instant.
-    seen = gather_object([[path.name for path in whole_checkpoints(output_dir)]])
-    common = [path for path in whole_checkpoints(output_dir) if all(path.name in names for names in seen)]
-    return str(common[-1]) if common else None
-
-
-def refuse_to_mix_runs(output_dir: str | Path) -> None:
-    """ValueError where a new run would write among the checkpoints of an earlier one."""
-    if whole := whole_checkpoints(output_dir):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds {whole[-1].name} of an earlier run: --resume true goes on with it; "
-            "for a new run choose another folder, or delete this one."
-        )
-
-
-def move_earlier_run_aside(output_dir: str | Path) -> Path | None:
-    """Renames the folder of an earlier run that left no checkpoint, or its report would show two runs as one.
-
-    `runs/gsm8k` becomes `runs/gsm8k.1`, or the next free number; that folder, or None where there was no run.
-    """
-    folder, state = Path(output_dir), PartialState()
-    moved = None
-    written = ("metrics.csv", "summary.json", "evaluation_before.json")
-    if state.is_main_process and any((folder / name).exists() for name in written):
-        number = next(n for n in count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-        moved = folder.rename(folder.with_name(f"{folder.name}.{number}"))
-        logger.warning(f"output_dir={str(folder)!r} held an earlier run; it is in {moved} now.")
-    state.wait_for_everyone()
-    return moved
-
-
-def resume_checkpoint(output_dir: str | Path, resume: bool) -> str | None:
-    """The newest whole checkpoint where a run is to be resumed; None, with a warning, where there is none."""
-    if not resume:
-        return None
-    if (checkpoint := last_complete_checkpoint(output_dir)) is None:
-        logger.warning(f"resume=True: {output_dir} holds no whole checkpoint; the run starts from the beginning.")
-    return checkpoint
-
-
-def _write_through(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def put_in_place(written: Path, final: Path) -> None:
-    """Renames a folder that is whole to its name, in place of one that stands there."""
-    if not written.exists():
-        return
-    # Without this a power cut after the rename would leave empty files.
-    for path in [*written.rglob("*"), written]:
-        _write_through(path)
-    if final.exists():
-        replaced = written.with_name(f"replaced-{final.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-        written.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        written.rename(final)
-    written.parent.rmdir()
-    _write_through(final.parent)
-
-
-def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Deletes the oldest checkpoints beyond `limit`, none of `keep`, and what was left unfinished."""
-    aside, whole, keep = output_dir / UNFINISHED, whole_checkpoints(output_dir), set(keep)
-    surplus = len(whole) - limit if limit and limit > 0 else 0
-    for old in [path for path in whole if path not in keep][: max(surplus, 0)]:
-        # Out of sight first: half a checkpoint must not look like one.
-        aside.mkdir(exist_ok=True)
-        old.rename(aside / old.name)
-    shutil.rmtree(aside, ignore_errors=True)
+from dgrpo.trainers.manifest import (
+    UNFINISHED,
+    put_in_place,
+    resume_checkpoint,
+    rotate,
+    what_is_wrong,
+    whole_checkpoints,
+    write_manifest,
+)
+from dgrpo.trainers.same_run import RECORD, frozen_digest, plain, refuse_another_run, rows_digest
 
 
 class WholeCheckpoints:
-    """What it adds to transformers' Trainer: a checkpoint is written aside and renamed when all of it is on the disk.
+    """Checkpoints that are written aside and renamed when all of them is on the disk, with a manifest.
 
-    Only then are old ones deleted. A write that fails leaves the last good one and says which that is.
+    Only then are old ones deleted. A write that fails leaves the last good one and says which that is. A trainer has
+    one of these and calls it where transformers' Trainer saves and resumes.
+
+    Args:
+        trainer: whose checkpoints they are.
+
+    Attributes:
+        settings: what else the run was begun with, by section; compared when it is resumed.
     """
 
-    _writes_aside = False
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.settings: dict[str, Any] = {}
+        self.resumed_from: Path | None = None
+        self._aside = False
+        self._record: dict[str, Any] | None = None
+        trainer.add_callback(_AtStart(self))
 
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial=trial)
-        return os.path.join(folder, UNFINISHED) if self._writes_aside else folder
+    def folder(self, output_dir: str) -> str:
+        """Where Trainer is to write: aside, while a checkpoint is being written."""
+        return os.path.join(output_dir, UNFINISHED) if self._aside else output_dir
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if not self._writes_aside:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _on_each_disk(self, action) -> None:
+    def _on_each_disk(self, action: Callable[[], None]) -> None:
         """Runs it on the main process, then on each machine's: without a shared disk each has files of its own."""
-        for chosen in (self.accelerator.is_main_process, self.accelerator.is_local_main_process):
+        accelerator = self.trainer.accelerator
+        for chosen in (accelerator.is_main_process, accelerator.is_local_main_process):
             if chosen:
                 action()
-            self.accelerator.wait_for_everyone()
+            accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
-    def _written_aside(self, final: Path) -> Iterator[Path]:
+    def _written_aside(self, final: Path, record: dict | None = None) -> Iterator[Path]:
         """A folder to write in, which then takes its name; a write that fails is an OSError with a remedy."""
         aside = final.parent / UNFINISHED
         self._on_each_disk(lambda: shutil.rmtree(aside, ignore_errors=True))
+
+        def finish() -> None:
+            written = aside / final.name
+            if written.exists():
+                if record is not None:
+                    (written / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+                write_manifest(written)
+            put_in_place(written, final)
+
         try:
             yield aside / final.name
+            self.trainer.accelerator.wait_for_everyone()
+            self._on_each_disk(finish)
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
             whole = whole_checkpoints(final.parent)
@@ -145,133 +81,184 @@ class WholeCheckpoints:
                 f"{final.name} could not be written: {error}. The last whole checkpoint is "
                 f"{whole[-1] if whole else 'none'}; make room where output_dir={str(final.parent)!r} is, and resume."
             ) from error
-        self.accelerator.wait_for_everyone()
-        self._on_each_disk(lambda: put_in_place(aside / final.name, final))
 
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial))
-        final = folder / f"checkpoint-{self.state.global_step}"
-        with self._written_aside(final) as written:
-            self._writes_aside = True
+    def save(self, write: Callable[[], None]) -> None:
+        """Has Trainer `write` a checkpoint aside, adds what it lacks, and gives it its name."""
+        trainer, args = self.trainer, self.trainer.args
+        output_dir = Path(args.output_dir)
+        final = output_dir / f"checkpoint-{trainer.state.global_step}"
+        pushes = args.push_to_hub
+        with self._written_aside(final, self._record or self.record()) as written:
+            # Pushed when it is whole.
+            self._aside, args.push_to_hub = True, False
             try:
-                super()._save_checkpoint(model, trial)
+                write()
                 self._write_more(written)
             finally:
-                self._writes_aside = False
-        self._tidy(folder, final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
+                self._aside, args.push_to_hub = False, pushes
+        self.tidy(final)
+        if pushes:
+            trainer._push_from_checkpoint(str(final))
 
-    def _tidy(self, folder: Path, newest: Path | None) -> None:
+    def tidy(self, newest: Path | None = None) -> None:
         """Deletes what a kill left half written, and checkpoints beyond save_total_limit."""
-        best = self.state.best_model_checkpoint
+        folder = Path(self.trainer.args.output_dir)
+        best = self.trainer.state.best_model_checkpoint
+        newest = newest or self.resumed_from
         keep = {Path(path) for path in (newest, best, *whole_checkpoints(folder)[-1:]) if path}
-        self._on_each_disk(lambda: rotate(folder, self.args.save_total_limit, keep))
+        self._on_each_disk(lambda: rotate(folder, self.trainer.args.save_total_limit, keep))
 
-    def save_best(self, found: dict) -> None:
-        """Puts the weights into `best`, beside the checkpoints, with `found` as best.json."""
-        with self._written_aside(Path(self.args.output_dir) / "best") as written:
-            self.save_model(str(written), _internal_call=True)
-            if self.accelerator.is_main_process:
-                (written / "best.json").write_text(json.dumps(found) + "\n")
+    def save_best(self, measured: dict) -> None:
+        """Puts the weights into `best`, beside the checkpoints, with `measured` as best.json."""
+        with self._written_aside(Path(self.trainer.args.output_dir) / "best") as written:
+            self.trainer.save_model(str(written), _internal_call=True)
+            if self.trainer.accelerator.is_main_process:
+                (written / "best.json").write_text(json.dumps(measured) + "\n")
 
     def _write_more(self, written: Path) -> None:
         """Adds to the checkpoint what the trainer needs beyond transformers' files."""
-        best = self.state.best_model_checkpoint
-        if best and Path(best) == written:
-            self.state.best_model_checkpoint = str(written.parents[1] / written.name)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / "trainer_state.json"))
+        state = self.trainer.state
+        if state.best_model_checkpoint and Path(state.best_model_checkpoint) == written:
+            state.best_model_checkpoint = str(written.parents[1] / written.name)
+            if self.trainer.args.should_save:
+                state.save_to_json(str(written / "trainer_state.json"))
+
+    def record(self) -> dict[str, Any]:
+        """What the run was begun with: the trainer's settings, its rows and frozen weights, and `settings`."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        model = accelerator.unwrap_model(trainer.model)
+        return plain(
+            {
+                "num_processes": accelerator.num_processes,
+                "distributed_type": accelerator.distributed_type.value,
+                "trainer": trainer.args.to_dict(),
+                "training rows": rows_digest(trainer.train_dataset),
+                "frozen weights": frozen_digest(model),
+                **self.settings,
+            }
+        )
+
+    def check(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to resume from, verified, of this run; None for a new one.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or was made with other settings.
+        """
+        self._record = self.record()
+        if resume_from_checkpoint is True:
+            checkpoint = resume_checkpoint(self.trainer.args.output_dir)
+        else:
+            checkpoint = resume_from_checkpoint or None
+            if checkpoint and (wrong := what_is_wrong(checkpoint)):
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint!r} cannot be resumed from: {wrong}. "
+                    "resume_from_checkpoint=True takes the last one that is whole."
+                )
+        if checkpoint:
+            refuse_another_run(checkpoint, self._record)
+        self.resumed_from = Path(checkpoint) if checkpoint else None
+        return checkpoint
+
+    def at_end(self) -> bool:
+        """Whether the run has made its last update: Trainer would make one more where it resumes from that."""
+        trainer = self.trainer
+        trainer.control.should_training_stop |= trainer.state.global_step >= trainer.state.max_steps
+        return trainer.control.should_training_stop
+
+    def restore(self) -> None:
+        """Puts back, when all else is loaded, what `_write_more` has added."""
 
 
 class _AtStart(TrainerCallback):
     """Trainer resets what it has summed since the last log after a checkpoint is loaded; this comes later still."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self, checkpoints: WholeCheckpoints):
+        self.checkpoints = checkpoints
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer, carried = self.trainer, self.trainer._carried
-        trainer._tidy(Path(args.output_dir), None)
-        if carried is None:
-            return
-        trainer._tr_loss.copy_(carried["loss_sum"])
-        trainer._globalstep_last_logged = carried["last_logged"]
-        # `train_loss`, as the samples per second beside it, is of this part of the run alone.
-        trainer._total_loss_scalar = -float(trainer._tr_loss)
-        trainer._carried = None
+        self.checkpoints.tidy()
+        if self.checkpoints.resumed_from is not None:
+            self.checkpoints.restore()
 
 
 class ExactResume(WholeCheckpoints):
-    """What it adds to TRL's GRPOTrainer: a run that goes on from a checkpoint equals the one that was not stopped.
+    """Checkpoints of a GRPO trainer: a run that resumes from one equals the run that was not stopped.
 
     Beside the model, optimizer and random states a checkpoint holds the micro-step counter, what was not logged yet,
-    the last completions and, within a rollout's inner updates, the batches with their views.
+    the last completions and, within a rollout's inner updates, the batches with their views; with `sync_ref_model` the
+    reference model's weights.
     """
 
-    _carried: dict | None = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(_AtStart(self))
+    def __init__(self, trainer):
+        super().__init__(trainer)
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        if self._reference_moves and plugin is not None and plugin.zero_stage == 3:
+            raise ValueError("sync_ref_model=True under ZeRO-3: the reference's weights cannot be saved; use ZeRO-2.")
 
     def _state_file(self, folder: Path) -> Path:
-        return folder / f"rollout_{self.accelerator.process_index}.pt"
+        return folder / f"rollout_{self.trainer.accelerator.process_index}.pt"
 
     def _write_more(self, written: Path) -> None:
         super()._write_more(written)
-        if self.args.save_only_model:
+        trainer = self.trainer
+        if trainer.args.save_only_model:
             return
-        within = self._step % self.generate_every != 0
-        logs = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
-        logs |= {kind: {name: list(rows) for name, rows in self._logs[kind].items()} for kind in ("rewards", "extra")}
+        within = trainer._step % trainer.generate_every != 0
+        logs = {name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")}
+        for kind in ("rewards", "extra"):
+            logs[kind] = {name: list(rows) for name, rows in trainer._logs[kind].items()}
         state = {
-            "step": self._step,
-            "num_processes": self.accelerator.num_processes,
-            "buffered_inputs": self._buffered_inputs if within else None,
-            "metrics": dict(self._metrics["train"]),
-            "loss_sum": self._tr_loss.detach().clone(),
-            "last_logged": self._globalstep_last_logged,
-            "guards": [guard and guard.state_dict() for guard in (self.update_guard, self.reward_guard)],
+            "step": trainer._step,
+            "buffered_inputs": trainer._buffered_inputs if within else None,
+            "metrics": dict(trainer._metrics["train"]),
+            "loss_sum": trainer._tr_loss.detach().clone(),
+            "last_logged": trainer._globalstep_last_logged,
+            "guards": [guard and guard.state_dict() for guard in (trainer.update_guard, trainer.reward_guard)],
             # As text: a reward may log objects that a safe load refuses.
             "logs": json.dumps(logs, default=str),
         }
         torch.save(state, self._state_file(written))
+        if self._reference_moves and trainer.accelerator.is_local_main_process:
+            torch.save(self._reference.state_dict(), written / "reference.pt")
 
-    def _run_epoch(self, *args, **kwargs):
-        # Trainer would make one more update where the checkpoint is that of the last one.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+    @property
+    def _reference_moves(self) -> bool:
+        return bool(self.trainer.args.sync_ref_model) and self.trainer.ref_model is not None
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = self._state_file(Path(checkpoint))
-        if not path.exists():
+    @property
+    def _reference(self) -> torch.nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.ref_model)
+
+    def check(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        checkpoint = super().check(resume_from_checkpoint)
+        if checkpoint and not self._state_file(Path(checkpoint)).exists():
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r}: {path.name} is missing; it was written by another trainer, "
-                "by fewer processes, or with save_only_model=True."
+                f"resume_from_checkpoint={checkpoint!r}: {self._state_file(Path(checkpoint)).name} is missing; it was "
+                "written by another trainer, by fewer processes, or with save_only_model=True."
             )
+        return checkpoint
+
+    def restore(self) -> None:
         # Several processes on a CPU call it cpu:0, cpu:1, ..., which torch.load does not know.
-        device = self.accelerator.device
-        state = torch.load(path, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
-        if state["num_processes"] != self.accelerator.num_processes:
-            raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} comes from {state['num_processes']} processes, this run has "
-                f"{self.accelerator.num_processes}; resume with the same number."
-            )
-        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        for guard, stored in zip((self.update_guard, self.reward_guard), state["guards"], strict=True):
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        where = "cpu" if device.type == "cpu" else device
+        assert self.resumed_from is not None
+        state = torch.load(self._state_file(self.resumed_from), map_location=where, weights_only=True)
+        trainer._step, trainer._buffered_inputs = state["step"], state["buffered_inputs"]
+        for guard, stored in zip((trainer.update_guard, trainer.reward_guard), state["guards"], strict=True):
             if guard and stored:
                 guard.load_state_dict(stored)
-        self._metrics["train"].update(state["metrics"])
+        trainer._metrics["train"].update(state["metrics"])
         logs = json.loads(state["logs"])
         for name in ("prompt", "completion", "advantages"):
-            self._logs[name].extend(logs[name])
+            trainer._logs[name].extend(logs[name])
         for kind in ("rewards", "extra"):
             for name, rows in logs[kind].items():
-                self._logs[kind][name].extend(rows)
-        self._carried = {"loss_sum": state["loss_sum"], "last_logged": state["last_logged"]}
+                trainer._logs[kind][name].extend(rows)
+        trainer._tr_loss.copy_(state["loss_sum"])
+        trainer._globalstep_last_logged = state["last_logged"]
+        # `train_loss`, as the samples per second beside it, is of this part of the run alone.
+        trainer._total_loss_scalar = -float(trainer._tr_loss)
+        if self._reference_moves:
+            weights = torch.load(self.resumed_from / "reference.pt", map_location="cpu", weights_only=True)
+            self._reference.load_state_dict(weights)

@@ -51,7 +51,7 @@ class _Sampled(NamedTuple):
     weights: Tensor  # [B, mu, N, C]
 
 
-class DiffuGRPOTrainer(ExactResume, GRPOTrainer):
+class DiffuGRPOTrainer(GRPOTrainer):
     """trl.GRPOTrainer for mask predictors. TRL's loop, prompts, advantages and logging stay; this is overridden:
 
     - `rollout_func` (TRL's own slot): rollouts come from `rollout_source`, and the views are drawn on them;
@@ -64,8 +64,8 @@ class DiffuGRPOTrainer(ExactResume, GRPOTrainer):
     - `compute_loss`, `_get_grad_norm`: what `update_guard` watches;
     - `_get_train_sampler`: the order of prompts is a function of seed and epoch;
     - `evaluation_loop`: an evaluation's batches draw on from each other;
-    - `train`: a run that ends before its last update says so;
-    - for checkpoints, what `ExactResume` lists.
+    - `train`: a checkpoint is verified first; a run that ends before its last update says so;
+    - `_save_checkpoint`, `_get_output_dir`, `_run_epoch`: what `checkpoints` writes, where, and that it is the end.
     """
 
     args: DiffuGRPOConfig
@@ -147,6 +147,18 @@ class DiffuGRPOTrainer(ExactResume, GRPOTrainer):
             self.reward_guard = RewardGuard(args.max_failed_rollouts, self.reward_weights.tolist())
         if args.collapse_window:
             self.add_callback(CollapseGuard(args.collapse_window, args.stop_on_collapse))
+        self.checkpoints = ExactResume(self)
+        self.checkpoints.settings["reward_funcs"] = self.reward_func_names
+
+    def _get_output_dir(self, trial):
+        return self.checkpoints.folder(super()._get_output_dir(trial=trial))
+
+    def _save_checkpoint(self, model, trial):
+        self.checkpoints.save(lambda: super(DiffuGRPOTrainer, self)._save_checkpoint(model, trial))
+
+    def _run_epoch(self, *args, **kwargs):
+        if not self.checkpoints.at_end():
+            super()._run_epoch(*args, **kwargs)
 
     @property
     def _mode(self) -> str:
@@ -188,8 +200,8 @@ class DiffuGRPOTrainer(ExactResume, GRPOTrainer):
         sampler.set_epoch(0)
         return sampler
 
-    def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        result = super().train(self.checkpoints.check(resume_from_checkpoint), *args, **kwargs)
         done, asked = self.state.global_step, self.state.max_steps
         if done == 0 or (done < asked and not self.control.should_training_stop):
             raise ValueError(

@@ -86,7 +86,7 @@ def fitting(encoded, max_length: int, prefixes: tuple[str, ...] = ("",)):
     return kept
 
 
-class MaskedSFTTrainer(WholeCheckpoints, Trainer):
+class MaskedSFTTrainer(Trainer):
     """Trainer whose loss is -(1/t) sum over hidden completion tokens of log p / number of completion tokens.
 
     Each row draws t ~ U(0, 1], stratified over the batch, and hides each completion token with probability t. The
@@ -109,6 +109,20 @@ class MaskedSFTTrainer(WholeCheckpoints, Trainer):
             data_collator=self._collate,
             **kwargs,
         )
+        self.checkpoints = WholeCheckpoints(self)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        return super().train(self.checkpoints.check(resume_from_checkpoint), *args, **kwargs)
+
+    def _get_output_dir(self, trial):
+        return self.checkpoints.folder(super()._get_output_dir(trial=trial))
+
+    def _save_checkpoint(self, model, trial):
+        self.checkpoints.save(lambda: super(MaskedSFTTrainer, self)._save_checkpoint(model, trial))
+
+    def _run_epoch(self, *args, **kwargs):
+        if not self.checkpoints.at_end():
+            super()._run_epoch(*args, **kwargs)
 
     @staticmethod
     def _encode(dataset, tokenizer, args: MaskedSFTConfig):
