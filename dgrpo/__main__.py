@@ -10,10 +10,9 @@
 
 import argparse
 import sys
-import traceback
 from pathlib import Path
 
-from dgrpo.cli import RECIPES, TRAINABLE, run_recipe
+from dgrpo.cli import RECIPES, TRAINABLE, one_line_errors, run_recipe
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 
@@ -156,19 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """The command line; see `--help`."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with one_line_errors():
         # What follows is read by the recipe, its --help too.
         if argv[:1] in (["evaluate"], ["merge"]):
             run_recipe(argv[0], argv[1:])
         else:
             arguments = build_parser().parse_args(argv)
             arguments.run(arguments)
-    except ValueError as error:
-        # Ours name the setting and the remedy, so the message is enough; of others one wants to know from where.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not any(raised_in.is_relative_to(folder) for folder in (Path(__file__).parent, RECIPES)):
-            raise
-        sys.exit(f"dgrpo: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The recipes under short names: `dgrpo train gsm8k` runs recipes/gsm8k.py as `python recipes/gsm8k.py` would."""
 
+import contextlib
 import os
 import runpy
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+
+from dgrpo.secrets import without_secrets
 
 _PACKAGE = Path(__file__).parent
 # Beside the package in a checkout, within it in a wheel.
@@ -11,6 +16,31 @@ RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "re
 
 # From the folder, not from the tasks: `dgrpo --help` should not import them.
 TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not in ("evaluate", "merge")]
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user got wrong ends the block, and the process, in one line, printed by one process of each machine.
+
+    Inside, no character that the console's encoding lacks is an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a TextIOWrapper, mostly
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        # Ours name the setting and the remedy, so the message is enough; of others one wants to know from where, but
+        # for files and hubs that are not there.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        ours = any(raised_in.is_relative_to(folder) for folder in (_PACKAGE, RECIPES))
+        if not ours and not isinstance(error, OSError):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(1) from None
+        sys.exit(f"dgrpo: {' '.join(without_secrets(str(error)).split())}")
 
 
 def run_recipe(name: str, words: list[str]) -> None:

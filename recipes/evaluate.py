@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from dgrpo.cli import one_line_errors
 from dgrpo.evaluation.answers import processes
 from dgrpo.evaluation.checkpoints import Checkpoint, checkpoints, evaluate_checkpoint
 from dgrpo.evaluation.d1 import D1
@@ -185,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -8,6 +8,7 @@ adapters are folded in the order given; two that name the same base are refused.
 
 import argparse
 
+from dgrpo.cli import one_line_errors
 from dgrpo.models.merge import merge_adapters
 
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

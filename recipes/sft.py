@@ -1,6 +1,7 @@
 """Masked supervised fine-tuning (LLaDA's objective) on rows of `prompt` and `completion`.
 
-    accelerate launch recipes/sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset simplescaling/s1K
+    accelerate launch recipes/sft.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --use_peft \\
+        --dataset simplescaling/s1K
     accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --convert bidirectional --use_peft false \\
         --dataset rows.jsonl                              # a causal model becomes a mask predictor
 
@@ -15,11 +16,13 @@ from peft import get_peft_model
 from trl import ModelConfig
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.cli import one_line_errors
 from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
-from dgrpo.trainers.manifest import refuse_to_mix_runs, resume_checkpoint
+from dgrpo.trainers.checks import check_rows
 from dgrpo.trainers.sft import from_s1k
 
 
@@ -32,7 +35,7 @@ class SFTRecipeConfig:
     )
     num_examples: int = field(default=2048, metadata={"help": "Generated examples when the dataset is 'embedded'."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
     convert: str | None = field(
         default=None,
         metadata={"help": "'bidirectional': read a causal Qwen2, Qwen3 or Llama checkpoint in both directions."},
@@ -43,25 +46,25 @@ class SFTRecipeConfig:
             raise ValueError("convert: an adapter of the causal model does not fit; give one of the two.")
 
 
-def main() -> None:
+def run() -> None:
     recipe, args, model_config = parse_recipe(__file__, SFTRecipeConfig, MaskedSFTConfig, ModelConfig)
-    if not recipe.resume:
-        refuse_to_mix_runs(args.output_dir)
-    if recipe.dataset == EMBEDDED:
-        rows = problems.sft_examples(recipe.num_examples, args.seed)
-    else:
-        rows = read_rows(recipe.dataset, "train")
-        if "thinking_trajectories" in rows[0]:
-            rows = [from_s1k(row) for row in rows]
     if recipe.convert and model_config.use_peft:
         raise ValueError("convert: the mask token's embedding must be trained and saved; set --use_peft false.")
-    model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
-    if peft_config is not None:
-        model = get_peft_model(model, peft_config)
-    trainer = MaskedSFTTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=resume_checkpoint(args.output_dir, recipe.resume))
-    trainer.save_model()
+    with run_folder(args, recipe, model_config) as checkpoint:
+        if recipe.dataset == EMBEDDED:
+            rows = problems.sft_examples(recipe.num_examples, args.seed)
+        else:
+            rows = read_rows(recipe.dataset, "train")
+            if rows and "thinking_trajectories" in rows[0]:
+                rows = [from_s1k(row) for row in rows]
+        dataset = check_rows(f"dataset={recipe.dataset!r}", Dataset.from_list(rows), MaskedSFTTrainer.columns)
+        model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        trainer = MaskedSFTTrainer(model, args, dataset, processing_class=tokenizer)
+        train_until_stopped(trainer, checkpoint, recipe, model_config)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        run()

@@ -1,6 +1,6 @@
 """VRPO (LLaDA 1.5): preference optimization on ELBO differences, on rows of `prompt`, `chosen` and `rejected`.
 
-    accelerate launch recipes/vrpo.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset pairs.jsonl
+    accelerate launch recipes/vrpo.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --use_peft --dataset pairs.jsonl
 
 Rows are strings or lists of messages. Without arguments it teaches the embedded default to prefer worked answers, and
 says what that does to held-out accuracy.
@@ -13,12 +13,14 @@ from peft import PeftModel, get_peft_model
 from trl import ModelConfig
 
 from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
+from dgrpo.cli import one_line_errors
 from dgrpo.evaluation.answers import evaluate
 from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
 from dgrpo.tasks.task import read_rows
 from dgrpo.tiny import problems
-from dgrpo.trainers.manifest import refuse_to_mix_runs, resume_checkpoint
+from dgrpo.trainers.checks import check_rows
 
 
 @dataclass
@@ -31,7 +33,7 @@ class VRPORecipeConfig:
     num_examples: int = field(default=1024, metadata={"help": "Generated pairs when the dataset is 'embedded'."})
     num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems when it is; 0: none."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
 
 
 def accuracy(model, tokenizer, num_problems: int) -> str:
@@ -40,23 +42,25 @@ def accuracy(model, tokenizer, num_problems: int) -> str:
     return f"{found.accuracy:.1%} right, {sum(found.reasons) / found.n:.0%} reason (n={found.n})"
 
 
-def main() -> None:
+def run() -> None:
     recipe, args, model_config = parse_recipe(__file__, VRPORecipeConfig, VRPOConfig, ModelConfig)
-    if not recipe.resume:
-        refuse_to_mix_runs(args.output_dir)
+    if not (model_config.use_peft or recipe.adapter_name_or_path):
+        raise ValueError("use_peft=False: VRPO compares the policy with itself without its adapter; set it to true.")
     embedded = recipe.dataset == EMBEDDED
-    rows = problems.preferences(recipe.num_examples, args.seed) if embedded else read_rows(recipe.dataset, "train")
-    model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
-    if not isinstance(model, PeftModel):
-        model = get_peft_model(model, peft_config)
-    trainer = VRPOTrainer(model, args, Dataset.from_list(rows), processing_class=tokenizer)
-    evaluated = embedded and recipe.num_eval_problems and trainer.is_world_process_zero()
-    before = accuracy(model, tokenizer, recipe.num_eval_problems) if evaluated else ""
-    trainer.train(resume_from_checkpoint=resume_checkpoint(args.output_dir, recipe.resume))
-    trainer.save_model()
-    if evaluated:
-        print(f"before: {before}\nafter:  {accuracy(model, tokenizer, recipe.num_eval_problems)}")
+    with run_folder(args, recipe, model_config) as checkpoint:
+        rows = problems.preferences(recipe.num_examples, args.seed) if embedded else read_rows(recipe.dataset, "train")
+        dataset = check_rows(f"dataset={recipe.dataset!r}", Dataset.from_list(rows), VRPOTrainer.columns)
+        model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
+        if not isinstance(model, PeftModel):
+            model = get_peft_model(model, peft_config)
+        trainer = VRPOTrainer(model, args, dataset, processing_class=tokenizer)
+        evaluated = embedded and recipe.num_eval_problems and trainer.is_world_process_zero()
+        before = accuracy(model, tokenizer, recipe.num_eval_problems) if evaluated else ""
+        train_until_stopped(trainer, checkpoint, recipe, model_config)
+        if evaluated:
+            print(f"before: {before}\nafter:  {accuracy(model, tokenizer, recipe.num_eval_problems)}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        run()

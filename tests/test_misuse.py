@@ -147,7 +147,7 @@ def test_a_wrong_command_line_is_told_before_a_model_is_loaded(monkeypatch, tmp_
     monkeypatch.setattr(dgrpo.run.steps, "load_model", loaded)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path / "run"), *words])
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.run_task(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -158,7 +158,7 @@ def test_a_new_run_in_a_used_folder_is_told_before_a_model_is_loaded(monkeypatch
     monkeypatch.setattr(dgrpo.run.steps, "load_model", None)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: --resume true"):
-        dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
+        dgrpo.run.run_task(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
 
 
 def test_a_models_name_is_no_model(config):

@@ -186,6 +186,8 @@ def test_real_questions_of_different_lengths_train_a_llada_checkpoint(tmp_path):
     sizes = ["--max_completion_length", "32", "--block_length", "16", "--diffusion_steps", "16"]
     batch = ["--per_device_train_batch_size", "16", "--num_generations", "4", "--num_train_problems", "200"]
     more = ["--model_name_or_path", str(folder), "--dataset", str(DATA / "gsm8k/train.jsonl"), *sizes, *batch]
+    # The settings beside the recipe are the embedded model's and are not taken for this one.
+    more += ["--config", str(RECIPE.with_suffix(".yaml"))]
     launch([sys.executable, str(RECIPE), *short(tmp_path / "run", *more, "--beta", "0.04")])
     files = sorted((tmp_path / "run" / "completions").glob("*.parquet"))
     completions = pd.concat([pd.read_parquet(file) for file in files])

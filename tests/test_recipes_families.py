@@ -33,6 +33,8 @@ def three_steps(checkpoint: Path, output: Path) -> tuple:
     settings |= {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
     settings |= {"block_length": 8, "diffusion_steps": 8, "num_eval_problems": 8, "num_train_problems": 64}
     settings |= {"reward_funcs": "test_recipes_families:variety", "reward_weights": 1.0, "evaluate_every": 0}
+    settings |= {"dataset": "embedded", "instruction": "", "use_cpu": True, "gradient_checkpointing": False}
+    settings |= {"use_peft": True, "lora_r": 16, "lora_alpha": 8, "epsilon": 0.2, "beta": 0.0, "logging_steps": 1}
     settings |= {"report_to": "none", "sample_every": 0, "learning_rate": 1e-2, "log_completions": False}
     return tuple(word for name, value in settings.items() for word in (f"--{name}", value))
 
@@ -65,6 +67,7 @@ def test_fine_tuned_then_reinforced_then_merged(run_recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     settings = {"model_name_or_path": checkpoint, "dataset": tmp_path / "rows.jsonl", "output_dir": tmp_path / "sft"}
     settings |= {"max_steps": 2, "completion_canvas": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    settings |= {"use_cpu": True, "lora_r": 16, "lora_alpha": 16, "report_to": "none"}
     run_recipe("sft.py", *(word for name, value in settings.items() for word in (f"--{name}", value)), "--use_peft")
     run_recipe("gsm8k.py", *three_steps(checkpoint, tmp_path / "rl"), "--adapter_name_or_path", tmp_path / "sft")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sft", "rl"))

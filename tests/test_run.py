@@ -30,7 +30,7 @@ def main(monkeypatch, tmp_path):
     def start(*words: str) -> Path:
         folder = tmp_path / "run"
         monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(folder), *SHORT, *QUIET, *words])
-        run.main(gsm8k.TASK, RECIPE)
+        run.run_task(gsm8k.TASK, RECIPE)
         return folder
 
     return start

@@ -120,7 +120,8 @@ def test_masks_depend_on_seed_and_step_not_on_evaluation_or_global_state(trainer
 
 def test_long_rows_are_left_out(trainer):
     assert len(trainer(max_length=6).train_dataset) == 2
-    assert len(trainer(max_length=5).train_dataset) == 0
+    with pytest.raises(ValueError, match="max_length=4: all 2 rows are longer"):
+        trainer(max_length=4)
 
 
 @pytest.mark.slow

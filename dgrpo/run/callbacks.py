@@ -3,7 +3,7 @@
 import csv
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -132,6 +132,8 @@ class HeldOutEvaluation(TrainerCallback):
     ):
         self.trainer, self.task, self.rows, self.every, self.metrics = trainer, task, list(rows), every, metrics
         self.keeps_best, self.coverage_problems, self.sampler = keeps_best, coverage_problems, sampler
+        # Set where the run is stopped before its end, which is not the time for a last measurement.
+        self.interrupted: Callable[[], bool] = lambda: False
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
 
@@ -216,7 +218,7 @@ class HeldOutEvaluation(TrainerCallback):
             self._keep_if_best(self.measure().accuracy)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.after is None:
+        if self.after is None and not self.interrupted():
             self._measure_the_end()
 
     def _measure_the_end(self) -> None:

@@ -3,12 +3,16 @@
 import json
 import sys
 from dataclasses import MISSING, asdict, dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
+from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from dgrpo.secrets import redacted
+from dgrpo.tasks import EMBEDDED
 from dgrpo.trainers import DiffuGRPOConfig
 
 
@@ -42,7 +46,7 @@ class RecipeConfig:
     keep_best: bool = field(
         default=True, metadata={"help": "Keep the weights of the best evaluation in output_dir/best (evaluate_every)."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
 
     def __post_init__(self):
         for name, least in {
@@ -57,18 +61,22 @@ class RecipeConfig:
 
 
 def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None) -> tuple:
-    """The recipe's settings: the YAML beside it or --config FILE, then --preset FILE, then the command line.
+    """The recipe's settings: a YAML, then --preset FILE, then the command line.
 
-    Unknown keys of a YAML or of the command line are a ValueError.
+    The YAML is --config FILE. Without it, the embedded model has that beside the recipe; of which nothing holds for
+    another model, that has the defaults of the classes.
+
+    Raises:
+        ValueError: a file cannot be read, a setting is unknown or of the wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    files = [_option(argv, "--config") or str(Path(recipe).with_suffix(".yaml")), _option(argv, "--preset")]
-    settings: dict[str, Any] = {}
+    config, preset = _option(argv, "--config"), _option(argv, "--preset")
+    above = read_yaml(preset) if preset else {}
+    model = _option(list(argv), "--model_name_or_path") or above.get("model_name_or_path", EMBEDDED)
+    files = [config or (str(Path(recipe).with_suffix(".yaml")) if model == EMBEDDED else None), preset]
+    settings: dict[str, Any] = {"output_dir": f"runs/{Path(recipe).stem}"}
     for file in filter(None, files):
-        loaded = yaml.safe_load(Path(file).read_text())
-        if not isinstance(loaded, dict):
-            raise ValueError(f"config={file!r}: must be a YAML mapping of settings.")
-        settings |= loaded
+        settings |= read_yaml(file)
     # Without abbreviations: `--learning_rat 1` must be refused, not read as the learning rate.
     parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig), allow_abbrev=False)
     known = {action.dest for action in parser._actions}
@@ -76,16 +84,38 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
         raise ValueError(
             f"{' + '.join(filter(None, files))}: unknown keys {unknown}. Remove them or mend their spelling."
         )
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse prints 223 lines of usage
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if isinstance(value, dict | list) and action.nargs is None and action.type in (int, float, bool):
+            raise ValueError(f"{action.dest}={value!r}: must be one value, not several.")
+        if isinstance(value, bool) and action.type in (int, float):
+            raise ValueError(f"{action.dest}={value!r}: must be a number.")
     parser.set_defaults_with_config(**settings)
     *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if rest:
         raise ValueError(f"unknown arguments {rest}. `--help` lists the settings.")
     if checkpoint := next((c.resume_from_checkpoint for c in configs if hasattr(c, "resume_from_checkpoint")), None):
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} is not read; --resume true goes on from the newest whole "
+            f"resume_from_checkpoint={checkpoint!r} is not read; --resume true resumes from the newest whole "
             "checkpoint in output_dir."
         )
     return tuple(configs)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message.removeprefix('argument ')}. `--help` lists the settings.")
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The settings of a YAML file; ValueError where it is none."""
+    try:
+        loaded = yaml.safe_load(Path(file).read_text("utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config={file!r} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config={file!r}: must be a YAML mapping of settings.")
+    return loaded
 
 
 def _option(argv: list[str], name: str) -> str | None:
@@ -99,14 +129,38 @@ def _option(argv: list[str], name: str) -> str | None:
     return None
 
 
-def write_config(output_dir: Path, recipe: RecipeConfig, args: DiffuGRPOConfig, model_config: ModelConfig) -> None:
-    """Writes config.yaml: what was asked for beyond the defaults, of model, recipe and trainer; --config reads it."""
+def begun_with(recipe: Any, model_config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What a checkpoint remembers of the run beside the trainer's settings."""
+    return {"recipe": asdict(recipe), "model": asdict(model_config)}
+
+
+def write_config(
+    output_dir: Path, recipe: Any, args: TrainingArguments, model_config: ModelConfig, resumed: bool = False
+) -> None:
+    """Writes config.yaml: what was asked for beyond the defaults, of model, recipe and trainer; --config reads it.
+
+    A resumed run leaves that of its first part as it is; where it asks for something else, that is in
+    config.resumed-1.yaml, and so on.
+    """
     settings = _changed(model_config, asdict(model_config)) | asdict(recipe) | _changed(args, args.to_dict())
     # The one follows from the other, and both are not taken.
     settings.pop("generation_batch_size", None)
-    (output_dir / "config.yaml").write_text(
-        yaml.safe_dump(json.loads(json.dumps(settings, default=str)), sort_keys=False)
-    )
+    text = yaml.safe_dump(json.loads(json.dumps(redacted(settings), default=str)), sort_keys=False)
+    path = output_dir / "config.yaml"
+    if resumed and path.exists():
+        last = path
+        for number in count(1):
+            path = output_dir / f"config.resumed-{number}.yaml"
+            if not path.exists():
+                break
+            last = path
+        if _but_resume(text) == _but_resume(last.read_text()):
+            return
+    path.write_text(text)
+
+
+def _but_resume(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.startswith("resume:")]
 
 
 def _changed(config: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -117,4 +171,4 @@ def _changed(config: Any, values: dict[str, Any]) -> dict[str, Any]:
         for name, each in type(config).__dataclass_fields__.items()
         if each.default_factory is not MISSING
     }
-    return {name: value for name, value in values.items() if value != (plain | made).get(name) and "token" not in name}
+    return {name: value for name, value in values.items() if value != (plain | made).get(name) and name != "hub_token"}

@@ -1,30 +1,37 @@
 """The steps of a run: build the trainer from the settings, train, evaluate, write what came out."""
 
+import contextlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
+from dgrpo.cli import one_line_errors
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of
 from dgrpo.report.data import write_curves, write_report
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
-from dgrpo.run.settings import RecipeConfig, parse_recipe, write_config
+from dgrpo.run.lock import locked
+from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
+from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import check_columns
+from dgrpo.trainers.same_run import refuse_another_run
 from dgrpo.views import MaskedViews
 
 CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"
@@ -60,11 +67,13 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         name = str(embedded_checkpoint(task))
         default_to_one_thread()
     convert = getattr(recipe, "convert", None)
+    # Without an adapter, and without DeepSpeed's float32 copies, updates of weights in bfloat16 round to nothing.
+    rounds = not (model_config.use_peft or recipe.adapter_name_or_path or args.deepspeed_plugin)
     family = family_of(name, model_config.model_revision, convert=convert)
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,
-        dtype=model_config.dtype or ("bfloat16" if args.bf16 else "float32"),
+        dtype=model_config.dtype or ("bfloat16" if args.bf16 and not rounds else "float32"),
         attn_implementation=model_config.attn_implementation or "sdpa",
         load_in_4bit=model_config.load_in_4bit,
         load_in_8bit=model_config.load_in_8bit,
@@ -83,7 +92,10 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
 def rewards_of(recipe: RecipeConfig) -> list:
     """The reward functions that the recipe names."""
     if not recipe.reward_funcs:
-        raise ValueError("reward_funcs=[]: name at least one reward, as 'package.module:function'.")
+        raise ValueError(
+            "reward_funcs=[]: name at least one reward, as 'package.module:function', or settings that do (--config). "
+            "Those of the embedded model are not taken for another one."
+        )
     return [resolve_reward(name) for name in recipe.reward_funcs]
 
 
@@ -114,6 +126,7 @@ def build(
     )
     rewards = rewards_of(recipe)
     check_columns(rewards, train_rows.column_names)
+    args.check_num_prompts(len(train_rows))
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
     trainer = DiffuGRPOTrainer(
         model=model,
@@ -127,11 +140,67 @@ def build(
     return trainer, held_out
 
 
+@contextlib.contextmanager
+def run_folder(args: TrainingArguments, recipe: Any, model_config: ModelConfig) -> Iterator[str | None]:
+    """The run's folder, held against other runs, and the checkpoint to resume from; before a model is loaded.
+
+    Raises:
+        ValueError: another run writes there, an earlier one's checkpoints are there, none of them is whole, or they
+            were made with other settings.
+    """
+    model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
+    with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
+        checkpoint = resume_checkpoint(args.output_dir, recipe.resume)
+        if checkpoint:
+            now = {"trainer": args.to_dict(), "num_processes": PartialState().num_processes}
+            refuse_another_run(checkpoint, now | begun_with(recipe, model_config))
+        elif not recipe.resume:
+            refuse_to_mix_runs(args.output_dir)
+            move_earlier_run_aside(args.output_dir)
+        yield checkpoint
+
+
+def train_until_stopped(trainer: Trainer, checkpoint: str | None, recipe: Any, model_config: ModelConfig) -> None:
+    """Trains, writes the settings down, and saves the weights; the process ends where Ctrl-C or SIGTERM ends the run.
+
+    Raises:
+        ValueError: fewer updates were made than asked for.
+    """
+    trainer.checkpoints.settings |= begun_with(recipe, model_config)
+    if trainer.accelerator.is_main_process:
+        Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_config(Path(trainer.args.output_dir), recipe, trainer.args, model_config, resumed=checkpoint is not None)
+    stop = StopOnSignal(trainer)
+    trainer.add_callback(stop)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, HeldOutEvaluation):
+            callback.interrupted = lambda: stop.stopped
+    with stop:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            stop.leave()
+    if stop.stopped:
+        stop.leave()
+    trainer.save_model()
+    done, asked = trainer.state.global_step, trainer.state.max_steps
+    if done < asked and not getattr(trainer.args, "stop_on_collapse", False):
+        raise ValueError(
+            f"max_steps={asked}: the run ended after {done} updates, the weights of which are in "
+            f"output_dir={str(trainer.args.output_dir)!r}; something other than this recipe stopped it."
+        )
+
+
 def train(
-    trainer: DiffuGRPOTrainer, task: Task, held_out: Dataset, recipe: RecipeConfig, model_config: ModelConfig
+    trainer: DiffuGRPOTrainer,
+    task: Task,
+    held_out: Dataset,
+    recipe: RecipeConfig,
+    model_config: ModelConfig,
+    checkpoint: str | None = None,
 ) -> dict:
     """Trains with progress and metrics, evaluates before and after, and writes the run's folder; its summary."""
-    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))
     metrics = MetricsFile(output_dir / "metrics.csv")
@@ -146,12 +215,9 @@ def train(
         recipe.eval_sampler,
     )
     attach(trainer, [metrics, ProgressLine(trainer, recipe.sample_every), evaluation])
-    if trainer.accelerator.is_main_process:
-        write_config(output_dir, recipe, args, model_config)
     started, cpu_started = time.perf_counter(), time.process_time()
-    trainer.train(resume_from_checkpoint=resume_checkpoint(output_dir, recipe.resume))
+    train_until_stopped(trainer, checkpoint, recipe, model_config)
     seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    trainer.save_model()
     summary = summary_of(trainer, evaluation, model_config, *seconds)
     if trainer.accelerator.is_main_process:
         metrics.flush()
@@ -164,11 +230,15 @@ def train(
     return summary
 
 
-def main(task: Task, recipe_file: str) -> None:
-    """A recipe, from its settings to its results."""
+def run_task(task: Task, recipe_file: str) -> dict:
+    """A recipe, from its settings to its results: the summary."""
     recipe, args, model_config = parse_recipe(recipe_file)
-    if not recipe.resume:
-        refuse_to_mix_runs(args.output_dir)
-        move_earlier_run_aside(args.output_dir)
-    trainer, held_out = build(task, recipe, args, model_config)
-    train(trainer, task, held_out, recipe, model_config)
+    with run_folder(args, recipe, model_config) as checkpoint:
+        trainer, held_out = build(task, recipe, args, model_config)
+        return train(trainer, task, held_out, recipe, model_config, checkpoint)
+
+
+def main(task: Task, recipe_file: str) -> None:
+    """`run_task` as a program: what a user got wrong is told in one line."""
+    with one_line_errors():
+        run_task(task, recipe_file)

@@ -3,7 +3,6 @@
 import inspect
 from dataclasses import dataclass, field
 
-import torch
 import trl
 from packaging.version import Version
 from trl import GRPOConfig
@@ -11,6 +10,8 @@ from trl import GRPOConfig
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import KL_FORMS, LOSS_TYPES, OBJECTIVES, SHARED, facts_of
 from dgrpo.sampling import SamplerConfig
+from dgrpo.secrets import WritesNoSecrets
+from dgrpo.trainers.checks import default_to_bf16
 from dgrpo.trainers.plugins import check_plugins, resolve_objective
 from dgrpo.trainers.ranges import check_ranges
 
@@ -57,7 +58,7 @@ _CHOICES = {
 
 
 @dataclass
-class DiffuGRPOConfig(GRPOConfig):
+class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     """The objective defaults to d1's (arXiv:2504.12216) in TRL's words; see `recipes/presets` for other methods."""
 
     loss_type: str = field(default="bnpo", metadata={"help": "d1 averages tokens over the micro-batch."})
@@ -191,9 +192,8 @@ class DiffuGRPOConfig(GRPOConfig):
                 f"make it a multiple of num_generations={self.num_generations}, or set "
                 "prompt_mask_scope='row' where the objective allows it."
             )
-        if self.bf16 is None:
-            # TRL turns bf16 on wherever it is not told; a CPU trains in float32.
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu and not self.fp16
+        # TRL turns bf16 on wherever it is not set.
+        default_to_bf16(self)
         if self.diffusion_steps is None:
             self.diffusion_steps = self.max_completion_length
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 # What is allowed, in words; whether a value is; the settings, of which a configuration may have only some.
 RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -44,5 +44,6 @@ def check_ranges(config: Any) -> None:
             given = getattr(config, name, None)
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and not allowed(value):
-                    optional = "None" in str(type(config).__dataclass_fields__[name].type)
+                    # Not the fields' own types, which transformers' parser of command lines rewrites.
+                    optional = "None" in str(get_type_hints(type(config))[name])
                     raise ValueError(f"{name}={given}: {words}{', or null' if optional else ''}.")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
-from dgrpo.trainers.secrets import redacted
+from dgrpo.secrets import redacted
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +30,7 @@ _MAY_CHANGE = """
     greater_is_better restore_callback_states_from_checkpoint do_train do_eval do_predict debug local_rank
     skip_memory_metrics ddp_timeout dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context torch_empty_cache_steps reward_timeout
-    max_skipped_updates collapse_window stop_on_collapse views_per_pass rollout_batch_size
+    max_skipped_updates max_failed_rollouts collapse_window stop_on_collapse views_per_pass rollout_batch_size
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
     gradient_checkpointing_kwargs
 """

@@ -1,6 +1,7 @@
 """Masked supervised fine-tuning: LLaDA's objective on completions (arXiv:2502.09992, equation 5)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from transformers.utils import logging
 
 from dgrpo.logprobs import scoring_pass
 from dgrpo.noise import stream
+from dgrpo.secrets import WritesNoSecrets
 from dgrpo.trainers.checkpoints import WholeCheckpoints
+from dgrpo.trainers.checks import check_model, check_rows, context_length, default_to_bf16
+from dgrpo.trainers.ranges import check_ranges
 
 logger = logging.get_logger(__name__)
 
@@ -18,10 +22,23 @@ logger = logging.get_logger(__name__)
 MIN_RATIO = 1e-3
 
 
+# Settings of transformers that the loss has no place for.
+_REFUSED = {
+    "label_smoothing_factor": (0.0, "the loss has no labels"),
+    "neftune_noise_alpha": (None, "the network scores masked views, whose embeddings carry no noise"),
+    "use_liger_kernel": (False, "scoring has its own chunked head"),
+    "auto_find_batch_size": (False, "masks are drawn for the batch as it is; lower per_device_train_batch_size"),
+    "group_by_length": (False, "rows are met in the order that resuming relies on"),
+    "ignore_data_skip": (False, "a resumed run would meet the rows of the epoch's beginning again"),
+    "torch_compile": (False, "masks are drawn anew for each batch"),
+}
+
+
 @dataclass
-class MaskedSFTConfig(TrainingArguments):
+class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
     """transformers' TrainingArguments and what masked fine-tuning adds."""
 
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where there is a GPU."})
     learning_rate: float = field(default=1e-5)
     remove_unused_columns: bool | None = field(default=False)
     max_length: int = field(
@@ -35,6 +52,16 @@ class MaskedSFTConfig(TrainingArguments):
             "length learns where to stop. 0: train up to the first EOS only. Padding is never trained on."
         },
     )
+
+    def __post_init__(self):
+        for name, (neutral, reason) in _REFUSED.items():
+            if (value := getattr(self, name, neutral)) != neutral:
+                raise ValueError(f"{name}={value!r} cannot be honoured: {reason}. Leave it at {neutral!r}.")
+        check_ranges(self)
+        if self.completion_canvas < 0:
+            raise ValueError(f"completion_canvas={self.completion_canvas}: must be 0 or a number of tokens.")
+        default_to_bf16(self)
+        super().__post_init__()
 
 
 def from_s1k(row: dict) -> dict:
@@ -56,6 +83,10 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int
     The prompt ends where the model starts to write: behind the header of the assistant's turn.
     """
     prompt, completion = row["prompt"], row["completion"]
+    if type(prompt) is not type(completion) or not isinstance(prompt, str | list):
+        raise ValueError(
+            f"prompt={prompt!r:.80}, completion={completion!r:.80}: give two strings, or two conversations."
+        )
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
         completion_ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
@@ -81,8 +112,10 @@ def fitting(encoded, max_length: int, prefixes: tuple[str, ...] = ("",)):
         return all(len(row[f"{p}prompt_ids"]) + len(row[f"{p}completion_ids"]) <= max_length for p in prefixes)
 
     kept = encoded.filter(fits)
+    if len(encoded) and not len(kept):
+        raise ValueError(f"max_length={max_length}: all {len(encoded)} rows are longer; raise it, or shorten them.")
     if left_out := len(encoded) - len(kept):
-        logger.warning(f"max_length={max_length}: {left_out} of {len(encoded)} rows are longer and left out.")
+        logger.warning(f"max_length={max_length}: {left_out} of {len(encoded)} rows are longer and are skipped.")
     return kept
 
 
@@ -94,12 +127,20 @@ class MaskedSFTTrainer(Trainer):
     neither attended nor trained. Checkpoints are written aside and renamed when they are whole.
     """
 
+    columns: tuple[str, ...] = ("prompt", "completion")
+
     def __init__(self, model, args: MaskedSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics cannot be honoured: an evaluation gives losses, no predictions.")
+        check_model(model, processing_class, args)
         self._micro_steps = {"train": (0, 0), "eval": (0, 0)}
-        datasets = [
-            None if dataset is None else self._encode(dataset, processing_class, args)
-            for dataset in (train_dataset, eval_dataset)
-        ]
+        longest = min(args.max_length, context_length(model) or args.max_length)
+        datasets: list[Any] = []
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None or name == "train_dataset":
+                check_rows(name, dataset, self.columns)
+                dataset = self._encode(dataset, processing_class, args, longest)
+            datasets.append(dataset)
         super().__init__(
             model=model,
             args=args,
@@ -125,10 +166,10 @@ class MaskedSFTTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     @staticmethod
-    def _encode(dataset, tokenizer, args: MaskedSFTConfig):
+    def _encode(dataset, tokenizer, args: MaskedSFTConfig, max_length: int):
         settings = {"tokenizer": tokenizer, "completion_canvas": args.completion_canvas}
         encoded = dataset.map(encode, fn_kwargs=settings, remove_columns=dataset.column_names)
-        return fitting(encoded, args.max_length)
+        return fitting(encoded, max_length)
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """Right-padded batch: input_ids, attention_mask (True on tokens), is_completion, all [B, L]."""

@@ -1,5 +1,6 @@
 """VRPO: direct preference optimization on ELBO differences (LLaDA 1.5, arXiv:2505.19223)."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -25,8 +26,8 @@ class VRPOConfig(MaskedSFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta}: must be positive.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta}: must be a positive finite number.")
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples}: must be at least 1.")
 
@@ -56,6 +57,7 @@ class VRPOTrainer(MaskedSFTTrainer):
     """
 
     args: VRPOConfig
+    columns = ("prompt", "chosen", "rejected")
 
     def __init__(self, model, args: VRPOConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
         if not isinstance(model, PeftModel):
@@ -65,10 +67,7 @@ class VRPOTrainer(MaskedSFTTrainer):
         self._preferences: dict[str, list[float]] = {}
 
     @staticmethod
-    def _encode(dataset, tokenizer, args: VRPOConfig):
-        if missing := {"prompt", "chosen", "rejected"} - set(dataset.column_names):
-            raise ValueError(f"train_dataset: VRPO needs the columns {sorted(missing)}; found {dataset.column_names}.")
-
+    def _encode(dataset, tokenizer, args: VRPOConfig, max_length: int):
         def both(row: dict) -> dict:
             sides: dict[str, list[int]] = {}
             for side in ("chosen", "rejected"):
@@ -77,7 +76,7 @@ class VRPOTrainer(MaskedSFTTrainer):
             return sides
 
         encoded = dataset.map(both, remove_columns=dataset.column_names)
-        return fitting(encoded, args.max_length, ("chosen_", "rejected_"))
+        return fitting(encoded, max_length, ("chosen_", "rejected_"))
 
     def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
         """The chosen rows, then the rejected ones, as MaskedSFTTrainer collates them."""
