@@ -1,6 +1,7 @@
 """Settings of a run: what a recipe adds to the trainer's and the model's, how they are read and stored."""
 
 import json
+import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field
 from itertools import count
@@ -104,7 +105,9 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message.removeprefix('argument ')}. `--help` lists the settings.")
+    # argparse says `argument --learning_rate/--learning-rate: ...`.
+    message = re.sub(r"^argument --(\w+)(/--[\w-]+)*", r"\1", message.rstrip("."))
+    raise ValueError(f"{message}. `--help` lists the settings.")
 
 
 def read_yaml(file: str) -> dict[str, Any]:

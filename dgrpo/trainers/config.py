@@ -201,11 +201,6 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         self._check_objective()
         if self.stop_on_collapse and not self.collapse_window:
             raise ValueError("stop_on_collapse=True with collapse_window=0: nothing is watched; set collapse_window.")
-        if self.sync_ref_model and self.save_strategy != "no" and not self.save_only_model:
-            raise ValueError(
-                "sync_ref_model=True: a checkpoint does not hold the reference model, so a resumed run would be "
-                "another; set save_only_model=True, or save_strategy='no'."
-            )
 
     def _check_objective(self) -> None:
         objective = resolve_objective(self.objective)
