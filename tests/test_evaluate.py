@@ -378,7 +378,7 @@ def test_stored_generations_are_graded_and_compared_by_one_command(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.replace("│", " ").split()[:4] for line in done.stdout.splitlines() if "│" in line]
     assert lines == [
-        ["programs", "strict", "1", "100.00%"], ["gsm8k", "strict", "1", "0.00%"], ["gsm8k", "d1", "1", "100.00%"],
+        ["code", "strict", "1", "100.00%"], ["gsm8k", "strict", "1", "0.00%"], ["gsm8k", "d1", "1", "100.00%"],
     ]  # fmt: skip
     assert "neither <answer> nor </answer>" in done.stdout
     done = recipe("--generations", str(tmp_path / "code_0_generations.json"), "--protocol", "d1")

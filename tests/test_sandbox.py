@@ -144,6 +144,34 @@ def test_no_signal_reaches_anyone(mode, victim, number):
         neighbour.kill()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "fcntl.fcntl(a, fcntl.F_SETOWN, os.getppid())",
+        "fcntl.fcntl(a, 15, struct.pack('ii', 1, os.getppid()))",
+        "fcntl.fcntl(a, 10, 9)",
+        "fcntl.fcntl(a, fcntl.F_SETFL, 0x2000)",
+        "fcntl.fcntl(os.open('/usr/lib', os.O_RDONLY), fcntl.F_NOTIFY, 1)",
+        "fcntl.fcntl(os.open('/usr/lib', os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+        "fcntl.ioctl(a, 0x8901, struct.pack('i', os.getppid()))",
+        "fcntl.ioctl(a, 0x8902, struct.pack('i', os.getppid()))",
+        "fcntl.ioctl(a, 0x5452, struct.pack('i', 1))",
+        "import signal\nsignal.raise_signal(0)",
+        "import signal\nsignal.pidfd_send_signal(0, 0)",
+    ],
+)
+def test_the_kernel_sends_no_signal_for_a_program(mode, body):
+    outcome = run(attempt(f"import fcntl, os, socket, struct\na, b = socket.socketpair()\n{body}"))
+    assert outcome.output.splitlines()[-1] == "refused PermissionError"
+
+
+def test_pipes_sockets_and_event_loops_work_inside(mode):
+    program = (
+        "import asyncio, os\nasync def f(): return 5\nprint(asyncio.run(f()))\nos.set_blocking(os.pipe()[0], False)"
+    )
+    assert run(program).output == "5\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has users to give away")
 def test_as_root_the_program_is_someone_without_rights(mode):
     outcome = run("import os\nprint(os.getresuid())")

@@ -282,6 +282,17 @@ def test_programs_of_every_source_are_tested(source):
     assert programs.TASK.grade(prompts=[], completions=texts, tests=[converted["tests"]] * 2) == [1.0, 0.0]
 
 
+def test_tests_in_one_text_are_not_letters():
+    text = "assert f(1) == 2\nassert f(2) == 3"
+    for row in (
+        {"text": "Add.", "test_list": text, "code": "def f(x): return x + 1"},
+        {"prompt": "Add.", "tests": text},
+    ):
+        assert programs.to_row(row)["tests"] == [text]
+    with pytest.raises(ValueError, match="test_list=5: write the tests as one Python text"):
+        programs.to_row({"text": "Add.", "test_list": 5})
+
+
 def test_no_sudoku_grid_of_a_file_is_on_both_sides(write):
     train_grids, held_out_grids = grids.grid_split()
     # The same grid in several puzzles, first and last in the file: its last rows would share grids with the others.

@@ -19,8 +19,10 @@ import fractions
 import json
 import operator
 import os
+import pathlib
 import sys
 import types
+import uuid
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
@@ -34,6 +36,12 @@ BY_TEXT = {
     "bytearray": (bytearray, bytearray.hex, bytearray.fromhex),
     "int": (int, hex, lambda text: int(text, 16)),
     "complex": (complex, repr, complex),
+    "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
+    "timedelta": (datetime.timedelta, lambda value: [value.days, value.seconds, value.microseconds], None),
+    "range": (range, lambda value: [value.start, value.stop, value.step], None),
+    "UUID": (uuid.UUID, str, uuid.UUID),
+    "PurePosixPath": (pathlib.PurePosixPath, str, pathlib.PurePosixPath),
+    "PosixPath": (pathlib.PosixPath, str, pathlib.PosixPath),
 }
 # What a derived class is reduced to: its own methods, such as a changed __eq__, do not travel.
 PLAIN = (str, bytes, bytearray, int, float, complex, *CONTAINERS.values(), dict)
@@ -51,6 +59,7 @@ CONVERSIONS = [
     "int",
     "float",
     "complex",
+    "format",
     "round",
     "abs",
 ]
@@ -76,12 +85,27 @@ OPERATIONS = {
     "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, *error: target.__exit__(*error),
+    "plain": lambda target: plain_part(target),
     "isinstance": lambda target, value: isinstance(value, target),
     **{name: getattr(builtins, name) for name in [*CONVERSIONS, "getattr", "setattr", "delattr"]},
     **{name: getattr(operator, name) for name in [*UNARY, *BINARY, "eq", "ne"]},
 }
-# The tests' process does no more than this for the program: attributes would lead to frames, and so to the results.
+# The tests' process does no more than this for the program, and reads and sets public attributes of objects of the
+# tests' own classes, and what `functools.wraps` copies: other attributes would lead to frames, and so to the results.
 ALLOWED_TO_PROGRAM = ("call", "iter", "next")
+ATTRIBUTES_OF_FUNCTIONS = ("__name__", "__qualname__", "__doc__", "__module__")
+
+
+def plain_part(value):
+    """What an object of a derived class holds as its built-in class; None where it has none."""
+    return next((kind(value) for kind in PLAIN if isinstance(value, kind)), None)
+
+
+def stays(value):
+    """Whether an object of a derived class has methods of its own, for which it must stay where it is."""
+    kind = type(value)
+    own = kind.__module__ == "solution" and not hasattr(kind, "_fields")
+    return own and any(callable(item) and name[:1] != "_" for name, item in vars(kind).items())
 
 
 class Peer:
@@ -90,7 +114,7 @@ class Peer:
     def __init__(self, read_fd, write_fd, judges):
         self.input, self.output = os.fdopen(read_fd, "rb"), os.fdopen(write_fd, "wb")
         self.judges = judges  # the tests' end, which must not be led astray
-        self.objects = []
+        self.objects, self.numbers, self.remotes = [], {}, {}
         self.exceptions = {}
 
     def gone(self):
@@ -124,21 +148,26 @@ class Peer:
             return value
         if kind is Remote:
             return {"yours": object.__getattribute__(value, "_number")}
-        if kind is dict:
-            return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+            return {"named": [kind.__name__, list(kind._fields), [self.encode(item) for item in value]]}
+        if kind in (dict, collections.Counter):
+            return {kind.__name__: [[self.encode(key), self.encode(item)] for key, item in value.items()]}
         for name, container in CONTAINERS.items():
             if kind is container:
                 return {name: [self.encode(item) for item in value]}
         for name, (plain, to_text, _) in BY_TEXT.items():
             if kind is plain:
                 return {name: to_text(value)}
-        for plain in PLAIN:
-            if isinstance(value, plain):
-                return self.encode(plain(value))
+        if not stays(value) and (held := plain_part(value)) is not None:
+            return self.encode(held)
+        if isinstance(value, BaseException) and "_remote" in vars(value):
+            return self.encode(vars(value)["_remote"])
         if self.judges and getattr(builtins, getattr(value, "__name__", ""), None) is value:
             return {"builtin": value.__name__}
-        self.objects.append(value)
-        return {"mine": len(self.objects) - 1}
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return {"mine": self.numbers[id(value)]}
 
     def decode(self, data):
         """The value of `encode`'s JSON on this side; some error where the data is not of that form."""
@@ -148,14 +177,18 @@ class Peer:
         if name == "yours":
             return self.objects[value]
         if name == "mine":
-            return Remote(self, value)
-        if name == "dict":
-            return {self.decode(key): self.decode(item) for key, item in value}
+            return self.remotes.setdefault(value, Remote(self, value))
+        if name in ("dict", "Counter"):
+            table = {self.decode(key): self.decode(item) for key, item in value}
+            return table if name == "dict" else collections.Counter(table)
+        if name == "named":
+            return collections.namedtuple(value[0], value[1])(*map(self.decode, value[2]))
         if name in CONTAINERS:
             return CONTAINERS[name](self.decode(item) for item in value)
         if name == "builtin" and not self.judges:
             return getattr(builtins, value)
-        return BY_TEXT[name][2](value)
+        kind, _, from_text = BY_TEXT[name]
+        return from_text(value) if from_text else kind(*value)
 
     def ask(self, operation, target, /, *args, **kwargs):
         """Have the other end do an operation, answering its requests meanwhile; its result, or its exception."""
@@ -171,42 +204,75 @@ class Peer:
         try:
             for position, changed in reply.get("changed", []):
                 refill(given[position], self.decode(changed))
+            if "given" in reply:
+                return given[reply["given"]]
             if "result" in reply:
                 return self.decode(reply["result"])
-            error = self.exception(reply["raised"], reply["text"])
+            error = self.exception(reply["raised"], reply["text"], [self.decode(value) for value in reply["args"]])
+            if "error" in reply:
+                vars(error).update(_remote=self.decode(reply["error"]), _text=str(reply["text"]))
         except (LookupError, TypeError, ValueError, AttributeError):
             self.gone()
+        if isinstance(error, (StopIteration, StopAsyncIteration)) and operation != "next":
+            # `map` and `zip` would take it for the end of what they iterate over, and no test would see a failure.
+            error = RuntimeError("the program raised StopIteration")
         raise error
 
     def answer(self, request):
         """Do what the other end asked for, and send the result, the exception and the containers that it changed."""
         try:
-            operation = request["do"]
-            if self.judges and operation not in ALLOWED_TO_PROGRAM:
-                raise PermissionError(operation)
+            operation, target = request["do"], self.decode(request["on"])
             args = [self.decode(value) for value in request["args"]]
             kwargs = {name: self.decode(value) for name, value in request["kwargs"].items()}
-            result = OPERATIONS[operation](self.decode(request["on"]), *args, **kwargs)
+            if self.judges and not is_allowed(operation, target, args):
+                raise AttributeError(operation)
+            result = OPERATIONS[operation](target, *args, **kwargs)
             before = [*request["args"], *request["kwargs"].values()]
-            after = [self.encode(value) if type(value) in MUTABLE else None for value in [*args, *kwargs.values()]]
+            given = [*args, *kwargs.values()]
+            after = [self.encode(value) if type(value) in MUTABLE else None for value in given]
             changed = [(i, now) for i, now in enumerate(after) if now is not None and now != before[i]]
-            reply = {"result": self.encode(result), "changed": changed}
+            same = [i for i, value in enumerate(given) if value is result and type(value) in MUTABLE]
+            reply = {"given": same[0]} if same else {"result": self.encode(result)}
+            reply["changed"] = changed
         except BaseException as error:  # noqa: BLE001 - SystemExit too belongs to whoever called
-            text = error.args[0] if error.args and type(error.args[0]) is str else str(error)
-            reply = {"raised": [kind.__name__ for kind in type(error).__mro__], "text": text}
+            reply = {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)}
+            reply["args"] = [self.encode(value) for value in error.args]
+            if type(error).__module__ == "solution":
+                reply["error"] = self.encode(error)
         self.send(**reply)
 
-    def exception(self, names, text):
+    def exception(self, names, text, args):
         """An exception of the first of these classes that is known here."""
         for name in names:
             kind = self.exceptions.get(name) or getattr(builtins, name, None)
             if isinstance(kind, type) and issubclass(kind, BaseException):
-                return kind(text)
+                try:
+                    return kind(*args)
+                except (TypeError, ValueError):
+                    return kind(text)
         return Exception(text)
 
 
+def is_allowed(operation, target, args):
+    """Whether the tests' process does this with one of its objects for the program."""
+    of_tests = type(target).__module__ == "tests"
+    if operation in ALLOWED_TO_PROGRAM or of_tests and operation in (*CONVERSIONS, *UNARY, *BINARY):
+        return True
+    if operation not in ("getattr", "setattr") or not args or type(args[0]) is not str:
+        return False
+    if operation == "getattr" and isinstance(target, types.FunctionType) and args[0] in ATTRIBUTES_OF_FUNCTIONS:
+        return True
+    return of_tests and not args[0].startswith("_")
+
+
 def refill(container, new):
-    """Give a container the contents that its copy has now."""
+    """Give a container the contents that its copy has now, and the containers in it theirs."""
+    if isinstance(container, (list, dict)) and type(new) is type(container):
+        for key in container if isinstance(container, dict) else range(min(len(container), len(new))):
+            known = type(container[key]) in MUTABLE and (isinstance(new, list) or key in new)
+            if known and type(new[key]) is type(container[key]):
+                refill(container[key], new[key])
+                new[key] = container[key]
     if isinstance(container, (list, bytearray)):
         container[:] = new
     elif isinstance(container, collections.deque):
@@ -239,10 +305,19 @@ class Remote:
         return type(value) is Remote and self._peer.ask("isinstance", self, value) is True
 
     def __eq__(self, other):
-        return type(other) is Remote and self._peer.ask("eq", self, other) is True
+        if type(other) is Remote:
+            return self is other or self._peer.ask("eq", self, other) is True
+        # What it holds is compared here, so that its process does not learn what was expected.
+        held = self._peer.ask("plain", self)
+        return held is not None and type(held) is not Remote and held == other
 
     def __ne__(self, other):
-        return type(other) is not Remote or self._peer.ask("ne", self, other) is True
+        return not self == other if type(other) is not Remote else self._peer.ask("ne", self, other) is True
+
+
+# Found in every class, so that `__getattr__` would not be asked.
+for _name in ("__doc__", "__module__"):
+    setattr(Remote, _name, property(lambda self, name=_name: self._peer.ask("getattr", self, name)))
 
 
 def forward(operation):
@@ -270,6 +345,7 @@ def serve(program, read_fd, write_fd):
             names[name] = {"module": value.__name__}
         elif isinstance(value, type) and issubclass(value, BaseException):
             errors[name] = [kind.__name__ for kind in value.__mro__]
+            peer.exceptions[name] = value
         elif not name.startswith("__"):
             names[name] = peer.encode(value)
     peer.send(names=names, errors=errors)

@@ -101,6 +101,17 @@ def pytest_stand_in():
     return pytest
 
 
+def of_remote(error, name):
+    """An attribute that an exception has in the program's process."""
+    if name.startswith("_") or "_remote" not in vars(error):
+        raise AttributeError(name)
+    return getattr(vars(error)["_remote"], name)
+
+
+def text_of(error):
+    return vars(error).get("_text", BaseException.__str__(error))
+
+
 def names_of_program(peer, hello):
     """The program's names as this process sees them, and those among them that belong to Python."""
     bound, reserved = {}, set()
@@ -115,7 +126,8 @@ def names_of_program(peer, hello):
         if hasattr(builtins, name) or name in sys.stdlib_module_names:
             reserved.add(name)
     for name, kinds in hello["errors"].items():
-        bound[name] = peer.exceptions[name] = type(name, (type(peer.exception(kinds, "")),), {})
+        base = type(peer.exception(kinds, "", [""]))
+        bound[name] = peer.exceptions[name] = type(name, (base,), {"__getattr__": of_remote, "__str__": text_of})
         if hasattr(builtins, name):
             reserved.add(name)
     return bound, reserved
