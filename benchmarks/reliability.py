@@ -20,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_kill import PLACES, STEPS, arguments, differences  # noqa: E402
 from warm import Warm  # noqa: E402
 
+from dgrpo.run.lock import locked  # noqa: E402
+
 REWARD = "rewards.gsm8k:correctness_reward"
 LOSS = "dgrpo.trainers.grpo:DiffuGRPOTrainer._compute_loss"
 NO_SPACE = [28, "No space left on device"]
@@ -33,7 +35,30 @@ FAULTS = [
     ("a loss is NaN", {"call": LOSS, "nth": 5, "factor": "nan"}, {}),
     ("a loss is infinite", {"call": LOSS, "nth": 5, "factor": "inf"}, {}),
     ("every loss is NaN from update 3 on", {"call": LOSS, "nth": 5, "factor": "nan", "times": 99}, {}),
-    ("the disk is full", {"call": "torch:save", "nth": 33, "raises": NO_SPACE}, {}),
+    ("the disk is full, writing a checkpoint", {"call": "torch:save", "nth": 33, "raises": NO_SPACE}, {}),
+    ("the disk is full, writing metrics.csv", {"call": "pathlib:Path.replace", "nth": 3, "raises": NO_SPACE}, {}),
+]
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# (damage to checkpoints, what it does to the run's folder, whose newest checkpoint is 5, settings of the resumed run)
+DAMAGES = [
+    ("a bit of the optimizer flipped", lambda run: flip_a_bit(run / "checkpoint-5/optimizer.pt"), {}),
+    ("the adapter empty", lambda run: (run / "checkpoint-5/adapter_model.safetensors").write_bytes(b""), {}),
+    ("the random states missing", lambda run: (run / "checkpoint-5/rng_state.pth").unlink(), {}),
+    ("the manifest missing", lambda run: (run / "checkpoint-5/manifest.json").unlink(), {}),
+    (
+        "in every checkpoint a bit flipped",
+        lambda run: [flip_a_bit(run / f"checkpoint-{step}/optimizer.pt") for step in (4, 5)],
+        {},
+    ),
+    ("nothing, but resumed with another learning rate", lambda run: None, {"learning_rate": 0.5}),
+    ("nothing, but resumed with another seed", lambda run: None, {"seed": 1}),
 ]
 MARKERS = "<!-- table -->", "<!-- end of table -->"
 
@@ -93,6 +118,21 @@ def rows(warm: Warm, folder: Path) -> list[tuple[str, str, str]]:
         case(f"SIGKILL {place}", [wrong | {"nth": wrong["nth"][1]}], {}, "straight", STEPS)
     for fault, wrong, settings in FAULTS:
         case(fault, [wrong], settings, "straight", STEPS)
+    for damage, act, settings in DAMAGES:
+        name = f"run_{len(found)}"
+        run(name, 0, {}, faults=[PLACES["in an optimizer's step"] | {"nth": 6}])
+        act(folder / name)
+        done = run(name, 1, settings)
+        if done.codes == [0]:
+            different = differences(folder / "straight", folder / name, STEPS)
+            happened, lost = "resumed from the checkpoint before", f"differs: {different}" if different else "nothing"
+        else:
+            happened, lost = outcome(folder / name, done), "nothing"
+        found.append((f"damaged: {damage}", happened, lost))
+        print(found[-1], file=sys.stderr)
+    with locked(folder / "straight"):
+        done = run("straight", 1, {})
+    found.append(("a second run in the same folder", outcome(folder / "straight", done), "nothing"))
     few = {"max_steps": 6, "num_iterations": 2, "evaluate_every": 3}
     for config, name in (("ddp", "DDP"), ("zero2", "ZeRO-2")):
         run(config, 0, few, config=config)

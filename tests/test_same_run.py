@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from trainers import lora, tiny_trainer
+from trainers import lora, tiny_llada, tiny_trainer
 from trl import ModelConfig
 
 import dgrpo.run
@@ -373,3 +373,9 @@ def test_a_resumed_recipe_is_compared_before_a_model_is_loaded(run, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", *words])
     with pytest.raises(ValueError, match="checkpoint-4 is of another run: .*max_completion_length=16, begun with 6"):
         dgrpo.run.run_task(gsm8k.TASK, str(ROOT / "recipes/gsm8k.py"))
+
+
+def test_a_prompt_longer_than_the_context_of_the_model_is_told(tmp_path):
+    trainer = tiny_trainer(tmp_path, own_model=tiny_llada(max_sequence_length=8))
+    with pytest.raises(ValueError, match=r"a prompt has \d tokens, .* context of 8: set max_prompt_length=2"):
+        trainer.train()

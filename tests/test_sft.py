@@ -8,6 +8,7 @@ from stopping import StopAt
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.noise import stream
 from dgrpo.trainers import manifest
+from dgrpo.trainers.checks import check_model
 from dgrpo.trainers.manifest import resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
 
@@ -26,6 +27,91 @@ def trainer(model, tokenizer, tmp_path):
         return MaskedSFTTrainer(model, args, Dataset.from_list(ROWS), processing_class=tokenizer)
 
     return build
+
+
+class Args:
+    """The settings that the checks read of two visible GPUs."""
+
+    n_gpu, deepspeed_plugin = 2, None
+
+
+PAIR = {"prompt": "a b", "completion": "c"}
+WRONG_DATA = {
+    "none": (None, "train_dataset=NoneType: give one datasets.Dataset"),
+    "a list": ([PAIR], "train_dataset=list: give one datasets.Dataset"),
+    "a dict": ({"train": Dataset.from_list([PAIR])}, "train_dataset=dict: give one"),
+    "a stream": (Dataset.from_list([PAIR]).to_iterable_dataset(), "rows cannot be streamed"),
+    "text": (Dataset.from_list([{"text": "a"}]), r"\['completion', 'prompt'\]; it has \['text'\]. 'text' holds plain"),
+    "messages": (Dataset.from_list([{"messages": []}]), "'messages' holds conversations: divide each"),
+    "other names": (Dataset.from_list([{"question": "a", "answer": "b"}]), "it has .*question.* Rename them"),
+    "no rows": (Dataset.from_list([PAIR]).select([]), "train_dataset: it has no rows"),
+    "a number": (Dataset.from_list([{"prompt": 3, "completion": 4}]), "prompt=3, completion=4: give two strings"),
+    "mixed": (Dataset.from_list([{"prompt": "a", "completion": [PAIR]}]), "prompt='a', completion=.*: give two"),
+    "missing values": (
+        Dataset.from_list([PAIR, {"prompt": None, "completion": None}]),
+        "prompt=None, completion=None",
+    ),
+    "too long": (
+        Dataset.from_list([{"prompt": "a " * 30, "completion": "b"}]),
+        "max_length=20: all 1 rows are longer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("dataset", "message"), WRONG_DATA.values(), ids=WRONG_DATA)
+def test_rows_that_cannot_be_trained_on_are_named(model, tokenizer, tmp_path, dataset, message):
+    args = MaskedSFTConfig(str(tmp_path), use_cpu=True, max_length=20)
+    with pytest.raises(ValueError, match=message):
+        MaskedSFTTrainer(model, args, dataset, processing_class=tokenizer)
+    if dataset is not None:
+        with pytest.raises(ValueError, match=message.replace("train_dataset", "eval_dataset")):
+            MaskedSFTTrainer(model, args, Dataset.from_list(ROWS), tokenizer, eval_dataset=dataset)
+
+
+def test_rows_longer_than_the_context_of_the_model_are_left_out(tiny_llada, tokenizer, tmp_path):
+    rows = Dataset.from_list([*ROWS, {"prompt": "a " * 30, "completion": "b"}])
+    args = MaskedSFTConfig(str(tmp_path), use_cpu=True)
+    assert len(MaskedSFTTrainer(tiny_llada(), args, rows, tokenizer).train_dataset) == 3
+    assert len(MaskedSFTTrainer(tiny_llada(max_sequence_length=16), args, rows, tokenizer).train_dataset) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be honoured: the loss has no labels"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 cannot be honoured"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True cannot be honoured"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True cannot be honoured"),
+        ({"ignore_data_skip": True}, "ignore_data_skip=True cannot be honoured"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: must be"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf: must be"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be"),
+        ({"max_length": 0}, "max_length=0: must be"),
+        ({"completion_canvas": -1}, "completion_canvas=-1: must be"),
+        ({"max_steps": 0}, "max_steps=0: must be"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: must be"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0: must be"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm=nan: must be"),
+    ],
+    ids=str,
+)
+def test_settings_that_fine_tuning_cannot_honour_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedSFTConfig(str(tmp_path), use_cpu=True, **settings)
+
+
+def test_models_that_fine_tuning_cannot_train_are_refused(trainer, model, tokenizer, tmp_path):
+    args, rows = MaskedSFTConfig(str(tmp_path), use_cpu=True), Dataset.from_list(ROWS)
+    with pytest.raises(ValueError, match="compute_metrics cannot be honoured"):
+        MaskedSFTTrainer(model, args, rows, tokenizer, compute_metrics=len)
+    with pytest.raises(ValueError, match="model='owner/m': pass the model itself"):
+        MaskedSFTTrainer("owner/m", args, rows, tokenizer)
+    with pytest.raises(ValueError, match="processing_class: a tokenizer with a mask token is needed"):
+        MaskedSFTTrainer(model, args, rows, None)
+    with pytest.raises(ValueError, match="2 GPUs are visible to one process"):
+        check_model(model, tokenizer, Args)
+    with pytest.raises(ValueError, match="most updates round to nothing"):
+        MaskedSFTTrainer(model.bfloat16(), args, rows, tokenizer)
 
 
 def test_the_completion_ends_with_eos_and_fills_its_canvas(tokenizer):

@@ -26,6 +26,7 @@ from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
 from dgrpo.trainers.checkpoints import ExactResume
+from dgrpo.trainers.checks import context_length
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.guards import CollapseGuard, RewardGuard, UpdateGuard
@@ -225,6 +226,12 @@ class DiffuGRPOTrainer(GRPOTrainer):
         ids = [torch.tensor(each) for each in prompt_ids]
         padded = pad_sequence(ids, True, self._tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad_sequence([torch.ones_like(each) for each in ids], True, 0, padding_side="left").to(device)
+        longest, canvas = padded.shape[1], self.args.max_completion_length
+        if (context := context_length(self.accelerator.unwrap_model(self.model))) and longest + canvas > context:
+            raise ValueError(
+                f"a prompt has {longest} tokens, which with max_completion_length={canvas} is more than the model's "
+                f"context of {context}: set max_prompt_length={context - canvas}, or lower max_completion_length."
+            )
         # Global row numbers: the noise of a row does not depend on how many processes share the batch.
         rows = torch.arange(len(ids), device=device) + self.accelerator.process_index * len(ids)
         if mode == "eval":
