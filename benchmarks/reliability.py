@@ -132,7 +132,8 @@ def rows(warm: Warm, folder: Path) -> list[tuple[str, str, str]]:
         print(found[-1], file=sys.stderr)
     with locked(folder / "straight"):
         done = run("straight", 1, {})
-    found.append(("a second run in the same folder", outcome(folder / "straight", done), "nothing"))
+    held = re.sub(r"\(process .*?\)", "(process N on HOST)", outcome(folder / "straight", done))
+    found.append(("a second run in the same folder", held, "nothing"))
     few = {"max_steps": 6, "num_iterations": 2, "evaluate_every": 3}
     for config, name in (("ddp", "DDP"), ("zero2", "ZeRO-2")):
         run(config, 0, few, config=config)
