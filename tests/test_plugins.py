@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from trainers import lora, place_in_group
 
 from dgrpo.trainers.plugins import REWARD_GROUP, resolve_reward
 from dgrpo.trainers.rewards import check_columns, guarded
@@ -42,6 +44,29 @@ threshold = Threshold()
 '''
 
 
+LOSSES = '''
+from dgrpo import estimators
+
+
+def above_the_mean(batch, *, beta=0.0, power=1.0):
+    """Likelihood of the rollouts better than their group's mean, and a pull to the reference (beta of the config)."""
+    better = batch.advantages.clamp(min=0) ** power
+    loss = -(better * batch.logps.sum(1) / batch.lengths).mean()
+    pull = (batch.logps - batch.ref_logps).sum(1).square().mean()
+    return loss + beta * pull, {"better": better.mean(), "pull": pull.detach()}
+
+
+above_the_mean.old_policy = None
+
+
+def two_draws(rollout, *, generator):
+    return estimators.elbo(rollout, generator=generator, num_samples=2)
+
+
+two_draws.draws = True
+'''
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with the example package installed, and a module beside it."""
@@ -54,6 +79,7 @@ def installed(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(folder), str(source)], check=True, timeout=300)
     (folder / "own_rewards.py").write_text(OWN)
+    (folder / "own_losses.py").write_text(LOSSES)
     return folder
 
 
@@ -140,3 +166,62 @@ def test_a_run_takes_rewards_of_every_kind_with_their_weights(installed, tmp_pat
         assert float(row["rewards/patient_reward/mean"]) == 1.0
         assert float(row["rewards/broken_reward/errors"]) == 1.0
         assert float(row["reward"]) == pytest.approx(0.5 * brevity + 0.25, abs=1e-5)
+
+
+def test_an_objective_of_ones_own_by_its_path_trains_with_its_settings(path, trainer):
+    settings = {"objective": "own_losses:above_the_mean", "objective_kwargs": {"power": 2.0}, "beta": 0.01}
+    run, scored = trainer(reward=place_in_group, lora=lora(), learning_rate=1e-2, **settings), []
+    run._logps_of_draws = (lambda inner: lambda *given: scored.append(given[0]) or inner(*given))(run._logps_of_draws)
+    start = [each.clone() for each in run.model.parameters()]
+    run.train()
+    assert len(scored) == 2, "the reference of each rollout; no old policy"
+    rows = [row for row in run.state.log_history if "better" in row]
+    # Rewards 0 to 3/4 in a group: above their mean are 1/8 and 3/8.
+    assert rows[0]["better"] == pytest.approx((1 / 64 + 9 / 64) / 4)
+    assert all(row["pull"] > 0 for row in rows)
+    assert any(not torch.equal(old, new) for old, new in zip(start, run.model.parameters(), strict=True))
+    with pytest.raises(ValueError, match="above_the_mean has no pwer; its settings are power"):
+        trainer(**settings | {"objective_kwargs": {"pwer": 2.0}})
+    with pytest.raises(ValueError, match="beta is a setting beside objective_kwargs"):
+        trainer(**settings | {"objective_kwargs": {"beta": 2.0}})
+    with pytest.raises(ValueError, match="delta=2.0: objective='own_losses:above_the_mean' does not read it"):
+        trainer(**settings | {"delta": 2.0})
+    with pytest.raises(ValueError, match="kl='exact': objective='own_losses:above_the_mean' does not read it"):
+        trainer(**settings | {"kl": "exact"})
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_estimator_of_ones_own_that_draws_is_refused_with_a_tokens_ratio_alone(path, config, level):
+    own = {"estimator": "own_losses:two_draws"}
+    config(objective="spg", **own)
+    for estimator in (own, {"estimator": "elbo"}):
+        if level == "token":
+            with pytest.raises(ValueError, match="whose ratio makes sense per sequence only"):
+                config(importance_sampling_level=level, **estimator)
+        else:
+            config(importance_sampling_level=level, **estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "objective: own_losses:above_the_mean\nbeta: 0.01\n",
+        "objective: spg\nestimator: own_losses:two_draws\nbeta: 0.0\n",
+    ],
+    ids=["objective", "estimator"],
+)
+def test_a_preset_names_a_file_of_ones_own(installed, tmp_path, settings):
+    (tmp_path / "mine.yaml").write_text(settings)
+    command = [
+        sys.executable, "-m", "dgrpo", "train", "gsm8k", "--preset", str(tmp_path / "mine.yaml"), "--max_steps", "2",
+        "--per_device_train_batch_size", "16", "--num_eval_problems", "8", "--evaluate_every", "0",
+        "--output_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    python_path = f"{installed}{os.pathsep}{ROOT}"
+    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with open(tmp_path / "run/metrics.csv", newline="") as file:
+        name = "better" if "above" in settings else "elbo"
+        assert len([row for row in csv.DictReader(file) if row.get(name)]) == 2

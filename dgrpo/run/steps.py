@@ -30,7 +30,7 @@ from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
-from dgrpo.trainers.rewards import check_columns
+from dgrpo.trainers.rewards import checked_rewards
 from dgrpo.trainers.same_run import refuse_another_run
 from dgrpo.views import MaskedViews
 
@@ -125,7 +125,7 @@ def build(
         seed=args.seed,
     )
     rewards = rewards_of(recipe)
-    check_columns(rewards, train_rows.column_names)
+    checked_rewards(rewards, train_rows, args)
     args.check_num_prompts(len(train_rows))
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
     trainer = DiffuGRPOTrainer(

@@ -106,9 +106,12 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         default=None, metadata={"help": "Rows denoised at a time on one process; None: all of them."}
     )
 
-    estimator: str = field(
+    estimator: str | None = field(
         default="one_step",
-        metadata={"help": f"Which views are scored: {', '.join(ESTIMATORS)}, or package.module:function."},
+        metadata={
+            "help": f"Which views are scored: {', '.join(ESTIMATORS)}, or package.module:function. None: the function "
+            "that the trainer is given."
+        },
     )
     estimator_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Settings of the estimator, as a mapping (JSON on the command line)."}

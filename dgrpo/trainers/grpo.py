@@ -31,7 +31,7 @@ from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
-from dgrpo.trainers.rewards import check_references, checked_rewards
+from dgrpo.trainers.rewards import check_columns, check_dataset, checked_rewards
 from dgrpo.trainers.rollouts import DenoisedRollouts, RolloutSource, rollout_metrics
 from dgrpo.views import MaskedViews, draw_views
 
@@ -99,17 +99,20 @@ class DiffuGRPOTrainer(GRPOTrainer):
             raise ValueError("kl='exact' needs a head that is not trained: give a peft_config, or set kl='k3'.")
         if getattr(processing_class, "mask_token_id", None) is None:
             raise ValueError("processing_class: the tokenizer has no mask token; load it with dgrpo.load_model.")
+        if estimator is None and args.estimator is None:
+            raise ValueError("estimator=None: name one in the settings, or give the trainer a function.")
         self.estimator, self.objective = estimator or configured_estimator(args), configured_objective(args)
         check_combination(self.estimator, self.objective, {name: getattr(args, name) for name in SHARED})
-        columns = check_dataset("train_dataset", train_dataset)
-        reward_funcs = checked_rewards(reward_funcs, ["prompt"] if args.remove_unused_columns else columns, args)
+        reward_funcs = checked_rewards(reward_funcs, train_dataset, args)
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, each in held_out.items():
+            if each is not None:
+                check_columns(reward_funcs, check_dataset(name, each, args))
         if args.max_prompt_length is not None:
             train_dataset = without_long_prompts(
                 train_dataset, processing_class, args.max_prompt_length, args.chat_template_kwargs
             )
-        if hasattr(train_dataset, "__len__"):
             args.check_num_prompts(len(train_dataset))
-            check_references(reward_funcs, args.reward_weights, train_dataset)
         if peft_config is None:
             check_policy(model)
             if args.deepspeed_plugin is None:
@@ -503,15 +506,3 @@ class DiffuGRPOTrainer(GRPOTrainer):
             skipped = self.update_guard.skips(model, float(norm), self.state.global_step + 1)
             self._log({"skipped_updates": float(skipped)})
         return norm
-
-
-def check_dataset(name: str, dataset) -> list[str]:
-    """The dataset's columns; ValueError where it is no dataset of prompts."""
-    if (columns := getattr(dataset, "column_names", None)) is None:
-        raise ValueError(
-            f"{name}={type(dataset).__name__}: give a datasets.Dataset with a column 'prompt'; Dataset.from_list "
-            "makes one of a list of rows, or of a stream that does not know its columns."
-        )
-    if "prompt" not in columns:
-        raise ValueError(f"{name}: there is no column 'prompt' among {sorted(columns)}; rename the one that asks.")
-    return columns

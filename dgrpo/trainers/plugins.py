@@ -50,7 +50,7 @@ def resolve_objective(name: str) -> Callable[..., tuple[Tensor, Metrics]]:
 
 
 def _resolve(setting: str, name: str, own: dict[str, Callable]) -> Callable:
-    if ":" in name:
+    if isinstance(name, str) and ":" in name:
         return load_function(setting, name)
     if name not in own:
         raise ValueError(f"{setting}={name!r}: choose {', '.join(own)} or package.module:function.")
@@ -78,9 +78,12 @@ def _configured(function: Callable, args, shared: tuple[str, ...], own: dict | N
 
 def check_plugins(args) -> None:
     """ValueError where estimator and objective do not go together, or their kwargs name what they do not take."""
-    estimator, objective = resolve_estimator(args.estimator), resolve_objective(args.objective)
-    check_combination(estimator, objective, {name: getattr(args, name) for name in SHARED})
-    for name, function in (("estimator_kwargs", estimator), ("objective_kwargs", objective)):
+    objective = resolve_objective(args.objective)
+    functions = {"objective_kwargs": objective}
+    if args.estimator is not None:
+        functions["estimator_kwargs"] = resolve_estimator(args.estimator)
+        check_combination(functions["estimator_kwargs"], objective, {name: getattr(args, name) for name in SHARED})
+    for name, function in functions.items():
         given = getattr(args, name) or {}
         if shared := sorted(set(given) & set(SHARED)):
             raise ValueError(f"{name}={given!r}: {', '.join(shared)} is a setting beside {name}; set it there.")

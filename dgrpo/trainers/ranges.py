@@ -30,7 +30,11 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ),
     ("must be at least 0 and below 1", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
     ("must lie within [0, 1]", lambda x: 0 <= x <= 1, "top_entropy_quantile p_mask_prompt ref_model_mixup_alpha"),
-    ("must be a positive number of updates, or -1 for num_train_epochs", lambda x: x == -1 or x >= 1, "max_steps"),
+    (
+        "must be a positive number of updates, or -1 for num_train_epochs",
+        lambda x: x == -1 or 1 <= x < math.inf,
+        "max_steps",
+    ),
     ("must be a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32 and x == int(x), "seed"),
     ("must be 2 or more rollouts, or 0 for no guard", lambda x: x == 0 or 2 <= x < math.inf, "collapse_window"),
     ("must be finite", math.isfinite, "reward_weights"),

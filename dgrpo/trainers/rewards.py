@@ -50,7 +50,7 @@ def check_columns(rewards: list, columns: list[str]) -> None:
         if missing := [c for c in required_columns(reward) if c not in columns]:
             raise ValueError(
                 f"reward_funcs: {name} asks for the columns {missing}, which the dataset lacks; it has "
-                f"{sorted(columns)} (remove_unused_columns=True would leave 'prompt' alone)."
+                f"{sorted(columns)}{' after remove_unused_columns' if columns == ['prompt'] else ''}."
             )
         passed = {*_PASSED, "completion_ids", *columns} - {"prompt", "completion"}
         try:
@@ -62,14 +62,34 @@ def check_columns(rewards: list, columns: list[str]) -> None:
             ) from error
 
 
-def checked_rewards(rewards: Any, columns: list[str], args: Any) -> list:
-    """The rewards as a list, each able to be called and unable to end the run by raising or hanging."""
-    rewards = rewards if isinstance(rewards, list | tuple) else [] if rewards is None else [rewards]
+def check_dataset(name: str, dataset: Any, args: Any) -> list[str]:
+    """The columns that rewards get of the dataset; ValueError where it is no dataset of prompts."""
+    if (columns := getattr(dataset, "column_names", None)) is None:
+        raise ValueError(
+            f"{name}={type(dataset).__name__}: give a datasets.Dataset with a column 'prompt'; Dataset.from_list "
+            "makes one of a list of rows, or of a stream that does not know its columns."
+        )
+    if "prompt" not in columns:
+        raise ValueError(f"{name}: there is no column 'prompt' among {sorted(columns)}; rename the one that asks.")
+    return ["prompt"] if args.remove_unused_columns else columns
+
+
+def checked_rewards(rewards: Any, dataset: Any, args: Any) -> list:
+    """The rewards as a list, unable to end the run by raising or hanging, once they and the dataset fit together.
+
+    Raises:
+        ValueError: there is no reward, or one that cannot be called with the dataset's columns; the dataset has no
+            prompts, fewer than a rollout takes, or no row with what the rewards ask for.
+    """
+    rewards = list(rewards) if isinstance(rewards, list | tuple) else [] if rewards is None else [rewards]
     if not rewards:
-        raise ValueError(f"reward_funcs={rewards!r}: give a function (prompts, completions, **columns), or several.")
+        raise ValueError("reward_funcs: there is none; give a function (prompts, completions, **columns), or several.")
+    check_columns(rewards, check_dataset("train_dataset", dataset, args))
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         raise ValueError(f"reward_weights={args.reward_weights}: give one for each of the {len(rewards)} rewards.")
-    check_columns(rewards, columns)
+    if hasattr(dataset, "__len__"):
+        args.check_num_prompts(len(dataset))
+        check_references(rewards, args.reward_weights, dataset)
     is_model = [isinstance(reward, nn.Module | str) for reward in rewards]
     return [
         each if model else guarded(each, args.reward_timeout) for each, model in zip(rewards, is_model, strict=True)
