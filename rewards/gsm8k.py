@@ -4,6 +4,7 @@ Rules, after `rewards.text` has found the answer:
 
 - It is ASCII: digits of other scripts, a Unicode minus and right-to-left controls are not read as numbers.
 - `$`, `\$`, LaTeX's thin spaces (`\!`, `\,`) and `{,}` are notation: dropped, or read as the comma they stand for.
+- Markdown around it (`**18**`, `` `18` ``) is dropped.
 - A number is an optional sign, digits with or without correct thousands separators, and optional decimals: `18`, `-7`,
   `1,234.50`, `+3`. It ends where neither letter nor digit follows: `1e3`, `0x12` and `7th` are not numbers.
 - The answer holds exactly one number and no other digit (`18 m2`); two numbers are hedging or a calculation.
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from rewards.text import Completion, completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer, without_markdown
 
 NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)", re.ASCII)
 BESIDE_AN_OPERATOR = re.compile(r"[-+*/^<>~]\s*#|#\s*[-+*/^<>~]")
@@ -40,7 +41,14 @@ def read_number(answer: str | None) -> Decimal | None:
     """The value that the answer states; None when it states none by the rules."""
     if answer is None or not answer.isascii():
         return None
-    plain = answer.replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
+    plain = (
+        without_markdown(answer)
+        .replace("{,}", ",")
+        .replace("\\!", "")
+        .replace("\\,", "")
+        .replace("\\$", "")
+        .replace("$", "")
+    )
     around = NUMBER.sub("#", plain.replace("#", " "))
     if around.count("#") != 1 or re.search(r"\d", around) or BESIDE_AN_OPERATOR.search(around):
         return None

@@ -16,6 +16,7 @@ offers several answers has not answered. Where the reasoning is not closed or no
 format has its own reward. Text after `</answer>` is not read.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 MAX_ANSWER_CHARS = 500
 
 BOXED = "\\boxed{"
+
+# Bold, italics and code around words or numbers; not the operators `*` and `**`, which stand between them.
+EMPHASIS = re.compile(
+    r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]+)(?<=\S)\1(?![\w({*\\])|(?<!\w)(__)(?=\S)([^_]+)(?<=\S)__(?!\w)"
+)
+FENCE = re.compile(r"```(?:latex|tex|math|text)?[ \t]*\n|`")
 
 
 def completion_text(completion: Completion) -> str:
@@ -44,6 +51,12 @@ def answer_block(text: str) -> str | None:
     if closed < opened or text.rfind(reasoning) > opened or text.rfind(end_of_reasoning) > opened:
         return None
     return text[opened + len(start) : closed].strip() or None
+
+
+def without_markdown(text: str) -> str:
+    """The text without Markdown's bold, italics and code: `**73**`, `*73*`, `__73__`, `` `73` `` are 73."""
+    text = FENCE.sub("", text)
+    return EMPHASIS.sub(lambda match: match[2] or match[4], text)
 
 
 def boxed_contents(text: str) -> list[str] | None:
