@@ -95,6 +95,22 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.folder), write_curves(arguments.folder))
 
 
+def check_rows(arguments: argparse.Namespace) -> None:
+    """Puts the references of a dataset's training rows through rewards and says how many pass."""
+    from dgrpo.run.validate import validate
+    from dgrpo.tasks import find_task, load_rows
+    from dgrpo.trainers.plugins import resolve_reward
+    from dgrpo.trainers.rewards import check_columns
+
+    sys.path.append("")
+    task = find_task(arguments.task)
+    rows, _ = load_rows(task, arguments.dataset, num_train=arguments.num_train_problems)
+    rewards = [resolve_reward(name) for name in arguments.reward_funcs or []] or [task.grade]
+    check_columns(rewards, rows.column_names)
+    result = validate(rows, rewards, task, file=arguments.left_out)
+    print(f"{result}{f'; see {arguments.left_out}' if result.left_out else ''}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of everything that is not read by a recipe itself."""
     plain = argparse.RawDescriptionHelpFormatter
@@ -129,6 +145,14 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument("--dtype", default="float32", help="of the weights; bfloat16 on a GPU")
     watching.add_argument("--device", default="cpu", help="cpu or cuda")
     watching.set_defaults(run=watch)
+
+    checking = commands.add_parser("validate", help="check that each row's reference scores 1, without training")
+    checking.add_argument("--task", required=True, help="a task's name, or package.module:TASK")
+    checking.add_argument("--dataset", help="as of `dgrpo train`; default: the task's own")
+    checking.add_argument("--reward_funcs", nargs="+", help="default: the task's own grader")
+    checking.add_argument("--num_train_problems", type=int, help="check only so many rows")
+    checking.add_argument("--left_out", default="left_out.jsonl", help="where rows that fail are written")
+    checking.set_defaults(run=check_rows)
 
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")
     comparing.add_argument("runs", nargs="+", type=Path, help="run folders")

@@ -47,6 +47,9 @@ class RecipeConfig:
     keep_best: bool = field(
         default=True, metadata={"help": "Keep the weights of the best evaluation in output_dir/best (evaluate_every)."}
     )
+    validate: bool = field(
+        default=True, metadata={"help": "Before training, leave out rows whose own reference the rewards do not pass."}
+    )
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
 
     def __post_init__(self):

@@ -26,6 +26,7 @@ from dgrpo.run.lock import locked
 from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
+from dgrpo.run.validate import validated
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
@@ -126,6 +127,8 @@ def build(
     )
     rewards = rewards_of(recipe)
     checked_rewards(rewards, train_rows, args)
+    if recipe.validate:
+        train_rows = validated(train_rows, rewards, task, Path(args.output_dir) / "left_out.jsonl")
     args.check_num_prompts(len(train_rows))
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
     trainer = DiffuGRPOTrainer(

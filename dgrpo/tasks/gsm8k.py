@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dgrpo.tasks.task import Task, answer_completion
+from dgrpo.tasks.task import Task, answer_completion, field_of, text_of
 from dgrpo.tiny import problems
 from rewards.gsm8k import correctness_reward, to_decimal
 from rewards.text import short_answer
@@ -19,7 +19,10 @@ the final number between <answer> and </answer>:
 
 def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """The question, and the number after `####` without thousands separators."""
-    return {"question": row["question"], "answer": str(row["answer"]).rpartition("####")[2].strip().replace(",", "")}
+    answer = field_of(row, "answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"dataset: the field 'answer' is {answer!r}; it must be a number or end in one.")
+    return {"question": text_of(row, "question"), "answer": str(answer).rpartition("####")[2].strip().replace(",", "")}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ The hub's dataset holds the 500 problems of MATH500 as its test split and 12,000
 
 from typing import Any
 
-from dgrpo.tasks.task import Task, answer_completion, field_of
+from dgrpo.tasks.task import Task, answer_completion, text_of
 from dgrpo.tiny import problems
 from rewards.math500 import correctness_reward
 from rewards.text import boxed_contents
@@ -24,11 +24,15 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """The problem and its result in LaTeX: the `answer`, or what the last box of the `solution` holds."""
     answer = row.get("answer")
     if answer is None:
-        boxes = boxed_contents(field_of(row, "answer", "solution"))
+        boxes = boxed_contents(text_of(row, "answer", "solution"))
         if not boxes:
             raise ValueError(rf"dataset: the solution {row['solution']!r} has no \boxed{{...}} with the result.")
         answer = boxes[-1]
-    return {"question": field_of(row, "problem", "question"), "answer": str(answer)}
+    if isinstance(answer, list) and answer and all(isinstance(part, (str, int, float)) for part in answer):
+        answer = ", ".join(str(part) for part in answer)
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError(f"dataset: the field 'answer' is {answer!r}; it must be a text, a number or a list of them.")
+    return {"question": text_of(row, "problem", "question"), "answer": str(answer)}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 """A task: where its rows come from, how the question is put, and what counts as right."""
 
+import json
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from transformers.utils import logging
 
@@ -18,10 +21,11 @@ logger = logging.get_logger(__name__)
 # What --dataset says for the generated problems that the embedded default trains on.
 EMBEDDED = "embedded"
 
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_SUFFIXES = (*_READERS, ".csv")
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # Columns of a file that the prompt takes the place of, or that TRL would read as pictures.
 _NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")
+# Arguments that the trainer itself passes to every reward.
+_TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +80,18 @@ def field_of(row: dict[str, Any], *names: str) -> Any:
     raise KeyError(" or ".join(names))
 
 
+def text_of(row: dict[str, Any], *names: str) -> str:
+    """The first of these fields that a row has, which must be a text that is not blank."""
+    value = field_of(row, *names)
+    if not isinstance(value, str) or not value.strip():
+        name = next(name for name in names if row.get(name) is not None)
+        raise ValueError(f"dataset: the field {name!r} is {value!r}; it must be a text that is not blank.")
+    return value
+
+
 def answer_completion(answer: str) -> str:
-    """A completion that holds nothing but an answer, in the format that every reward reads."""
-    return f"<answer>\n{answer}\n</answer>"
+    """A completion with this answer, in the format that every reward reads."""
+    return f"<reasoning>\nThe reference.\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 def prompt_messages(question: str, instruction: str) -> Messages:
@@ -86,18 +99,52 @@ def prompt_messages(question: str, instruction: str) -> Messages:
     return [{"role": "user", "content": f"{instruction}\n\n{question}" if instruction else question}]
 
 
+def is_file(source: str) -> bool:
+    """Whether a dataset is named as a local file, by its suffix."""
+    return Path(source).suffix.lower() in _SUFFIXES
+
+
 def read_rows(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a local .jsonl, .json, .csv or .parquet file, or of a split of a dataset on the hub."""
+    """Rows of a local .jsonl, .json, .csv or .parquet file, or of a split of a dataset on the hub.
+
+    Raises ValueError for a file that is missing, damaged (by line, where it has lines), empty or of another kind.
+    """
     path = Path(source)
-    if path.suffix in _SUFFIXES:
-        if not path.is_file():
-            raise ValueError(f"dataset={source!r}: there is no such file.")
-        if path.suffix == ".csv":
+    if not is_file(source):
+        if path.is_file():
+            raise ValueError(
+                f"dataset={source!r}: no {path.suffix or 'such'} files are read; {', '.join(_SUFFIXES)} are."
+            )
+        return list(load_dataset(source, config, split=split))
+    if not path.is_file():
+        raise ValueError(f"dataset={source!r}: there is no such file.")
+    rows: Any
+    try:
+        if path.suffix.lower() == ".csv":
             # Digits such as "0102" are text: nothing may be read as a number on the way.
-            rows: list[dict[str, Any]] = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-            return rows
-        return list(load_dataset(_READERS[path.suffix], data_files=str(path), split="train"))
-    return list(load_dataset(source, config, split=split))
+            rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+        elif path.suffix.lower() == ".parquet":
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
+            rows = _json_rows(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"dataset={source!r}: the file cannot be read: {str(error).strip()}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"dataset={source!r}: must be rows of named fields, at least one.")
+    return rows  # type: ignore[no-any-return]
+
+
+def _json_rows(text: str) -> list[Any]:
+    """The rows of one JSON list, or of an object on each line."""
+    if text.lstrip().startswith("["):
+        return list(json.loads(text))
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is no JSON object ({error.msg}, column {error.colno}).") from error
+    return rows
 
 
 def load_rows(
@@ -138,7 +185,7 @@ def load_rows(
         held_out = _converted(task, task.embedded("held_out", num_held_out, 0))
     elif eval_dataset is not None:
         held_out = _rows_of(task, eval_dataset, task.held_out_split or "train")
-    elif Path(source).suffix in _SUFFIXES or task.held_out_split is None:
+    elif is_file(source) or task.held_out_split is None:
         train, held_out = _divided(task, train)
     else:
         held_out = _rows_of(task, source, task.held_out_split)
@@ -151,7 +198,7 @@ def load_rows(
         raise ValueError(f"dataset={source!r}: no rows are left for {'training' if held_out else 'evaluation'}.")
     instruction = task.instruction if instruction is None else instruction
     train_rows, held_out_rows = (
-        Dataset.from_list([{"prompt": prompt_messages(row["question"], instruction), **row} for row in rows])
+        _dataset([{"prompt": prompt_messages(row["question"], instruction), **row} for row in rows])
         for rows in (disjoint[:num_train], held_out[:num_held_out])
     )
     return train_rows, held_out_rows
@@ -160,22 +207,48 @@ def load_rows(
 def _rows_of(task: Task, source: str, split: str) -> list[dict[str, Any]]:
     """The task's rows of a split of a hub dataset, or of a file, with the file's other columns."""
     own = source == task.hub_name
-    is_file = Path(source).suffix in _SUFFIXES
-    rows = _converted(task, read_rows(source, split, task.hub_config if own else None), others=is_file)
+    rows = _converted(task, read_rows(source, split, task.hub_config if own else None), others=is_file(source))
     return list(filter(task.keep, rows)) if own else rows
 
 
 def _converted(task: Task, rows: list[dict[str, Any]], others: bool = False) -> list[dict[str, Any]]:
+    """The rows as the task reads them; ValueError tells which row is none, and why."""
+    if others and (taken := sorted(set(rows[0]) & set(_TAKEN))):
+        logger.warning(f"dataset: the columns {taken} do not reach the rewards: trainers pass something of that name.")
     converted = []
-    for row in rows:
-        kept = {name: value for name, value in row.items() if others and name not in _NOT_FOR_REWARDS}
+    for number, row in enumerate(rows, 1):
+        kept = {name: value for name, value in row.items() if others and name not in (*_NOT_FOR_REWARDS, *_TAKEN)}
         try:
             converted.append(kept | task.to_row(row))
         except KeyError as error:
+            empty = sorted(name for name, value in row.items() if value is None)
+            told = f" (empty: {empty})" if empty else ""
             raise ValueError(
-                f"dataset: a {task.name} row needs the field {error}; this one has {sorted(row)}."
+                f"dataset, row {number}: a {task.name} row needs the field {error}; this one has {sorted(row)}{told}."
             ) from error
+        except ValueError as error:
+            raise ValueError(str(error).replace("dataset:", f"dataset, row {number}:", 1)) from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"dataset, row {number}: {row!r:.200} is no {task.name} row: {error}.") from error
     return converted
+
+
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """The rows as a dataset; ValueError names a column whose values are of several kinds."""
+    try:
+        return Dataset.from_list(rows)
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        for name in rows[0]:
+            first: dict[str, int] = {}
+            for number, row in enumerate(rows, 1):
+                if row.get(name) is not None:
+                    first.setdefault(type(row[name]).__name__, number)
+            if len(first) > 1:
+                told = ", ".join(f"{kind} in row {number}" for kind, number in first.items())
+                raise ValueError(
+                    f"dataset: the column {name!r} holds values of several kinds ({told}); make them one kind."
+                ) from error
+        raise ValueError(f"dataset: the rows cannot be stored: {error}") from error
 
 
 def _divided(task: Task, rows: list[dict]) -> tuple[list[dict], list[dict]]:
