@@ -6,17 +6,17 @@ Rules, after `rewards.text` has found the answer (the `<answer>` block, or what 
 - The same text is right. White space counts only where it tells two words or numbers apart: `1 2` is not 12.
 - A reference in words (`\text{June 20}`) is compared as words, without regard to capitals and parentheses.
 - A reference that is one number, with or without a unit (`58,500`, `\frac{5}{4}`, `20\text{ miles}`, `30^\circ`), is
-  compared exactly. The answer must be one number too, perhaps a mixed one; units are not compared. A calculation left
-  undone is no number, in whatever notation; nor is a fraction where the reference is an integer. A decimal of six or
-  more places stands for the fraction that it is the rounding of.
+  compared exactly. The answer must be one number too, perhaps a mixed one or a fraction; of units only the power is
+  compared. A calculation left undone is no number, in whatever notation. A decimal of six or more places stands for
+  the fraction that it is the rounding of.
 - A left side is dropped only when it is a single name (`x = 5`, `f(x) = 2x + 3`), in the answer also when it is a
   calculation of numbers (`8 + 15 = 23`). Otherwise an equation equals no value, and two equations must say the same.
 - `\pm` stands for two values. Where both end in a base (`4210_{5}`), it must be the same one.
 - Where the reference is free of operations (`+`, `\times`, `!`, `^`, `\sqrt`, ...), so must the answer be.
 - What is left is compared by math-verify (https://github.com/huggingface/Math-Verify) without its list of units, which
   takes `5t` for 5: sets, intervals, matrices, roots, terms with letters.
-- An answer that takes more than 0.8 seconds of CPU time to compare, or more than 2 GiB, is wrong. After 12 such
-  answers in one call the others have 0.2 seconds each, and several processes share the work: a call is bounded.
+- An answer that takes more than 0.8 seconds of CPU time to compare, or more than 2 GiB, is wrong. After 8 such
+  answers in one call the others have 0.1 seconds each, and several processes share the work: a call is bounded.
 
 math-verify's own time limit rests on signal.alarm and holds in no thread but the main one, so the comparison runs in
 processes of their own (`rewards/_math_worker.py`). They are started at the first answers that need them, for each
@@ -45,7 +45,7 @@ WORKER = Path(__file__).with_name("_math_worker.py")
 DEGREES_OR_UNIT = re.compile(
     r"\^\\circ|\\(?:text|mathrm|mbox)\{[~.]*[A-Za-z][A-Za-z\s~.]*\}\^(?:[0-9]|\{-?[0-9]+\})|\\mathrm\{[A-Za-z]+\}"
 )
-BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
+BASED = re.compile(r"(-?[0-9A-Z]+)_\{?([0-9]+)\}?")
 OPERATION = re.compile(
     r"[+*!^|]|[\w)}]-|[)\d]\(|\)[\d]|\\(?:pm|mp|cdot|times|div|ast|star|bullet|[dt]?binom|sum|prod|int|lim|log|ln|exp|sin|cos"
     r"|tan|cot|sec|csc|arc|max|min|gcd|lcm|sqrt|[lr]floor|[lr]ceil|[lr]?vert|Vert|[bp]?mod|det|operatorname|overline)"
@@ -65,7 +65,7 @@ DIGITS_APART = re.compile(r"(?<![_^{\d])\d+ \d")
 START_SECONDS = 120.0
 REPLY_SECONDS = 20.0
 # A time for each answer, honest ones needing some hundredths of a second, and how many may use it up in one call.
-CPU_SECONDS, LATER_CPU_SECONDS, NUM_SLOW = 0.8, 0.2, 12
+CPU_SECONDS, LATER_CPU_SECONDS, NUM_SLOW = 0.8, 0.1, 8
 MAX_WORKERS = 4
 
 
@@ -245,6 +245,12 @@ def same_value(wanted: str, found: str) -> bool | tuple[str, str]:
     """Whether two values without names are equal, or what math-verify must compare."""
     if wanted == found:
         return True
+    if r"\approx" in wanted:
+        exact, _, rounded = wanted.partition(r"\approx")
+        return r"\approx" not in found and True in [
+            same_value(exact.strip(), found),
+            same_value(rounded.strip(), found),
+        ]
     base, given = BASED.fullmatch(wanted), BASED.fullmatch(found)
     if base:
         return found == base[1] or (given is not None and given.groups() == base.groups())

@@ -84,10 +84,10 @@ SPELLINGS = [
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf|mathit)\s*\{([^{}]*)\}"), r"\1"),
     # A space of LaTeX's between groups of three digits, and a comma that is protected from being a list's.
-    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\}(?:\\!)?|\\,|\\;|\\ |~)(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\}(?:\\!)?|(?<!\\)\\[,; ]|~)(?=\d{3}(?!\d))"), ""),
     (re.compile(r"\{\s*,\s*\}"), ","),
-    (re.compile(r"\\!"), ""),
-    (re.compile(r"\\[,;: ]|~|\\(?:q?quad|thinspace|enspace)(?![A-Za-z])"), " "),
+    (re.compile(r"(?<!\\)\\!"), ""),
+    (re.compile(r"(?<!\\)\\[,;: ]|~|\\(?:q?quad|thinspace|enspace)(?![A-Za-z])"), " "),
     (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?"), r"^\\circ "),
     (re.compile(r"\\frac\s*(\d)\s*(\d)"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
@@ -150,6 +150,8 @@ class Number(NamedTuple):
     percent: bool
     places: int
     """Digits after the decimal point."""
+    power: str = ""
+    """Of the unit."""
 
 
 # Of two letters: units; of three and more, any word that is no part of a calculation.
@@ -184,20 +186,22 @@ def plain_number(text: str) -> Number | None:
     if match is None or NO_UNITS.search(match["unit"] or ""):
         return None
     sign = -1 if (match["sign"] == "-") != (match["minus"] == "-") else 1
-    percent = match["percent"] is not None
+    percent, power = match["percent"] is not None, "".join(re.findall(r"-?\d", match["unit"] or ""))
     if match["decimal"] is not None:
         digits = match["decimal"]
         places = len(digits.partition(".")[2])
-        return Number(sign * Fraction(digits.rstrip(".") or "0"), "decimal" if places else "integer", percent, places)
+        return Number(
+            sign * Fraction(digits.rstrip(".") or "0"), "decimal" if places else "integer", percent, places, power
+        )
     above = int(match["a"] or match["c"] or match["e"] or match["g"])
     below = int(match["b"] or match["d"] or match["f"] or match["h"])
     if below == 0:
         return None
     if match["whole"] is None:
-        return Number(sign * Fraction(above, below), "fraction", percent, 0)
+        return Number(sign * Fraction(above, below), "fraction", percent, 0, power)
     if above >= below:
         return None
-    return Number(sign * (int(match["whole"]) + Fraction(above, below)), "mixed", percent, 0)
+    return Number(sign * (int(match["whole"]) + Fraction(above, below)), "mixed", percent, 0, power)
 
 
 def without_unit(text: str) -> str:
@@ -210,8 +214,8 @@ MIN_PLACES = 6
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Whether two numbers are equal, exactly; 44% is 44 and 0.44. A division left undone is no integer."""
-    if gold.form == "integer" and answer.form == "fraction":
+    """Whether two numbers are equal, exactly; 44% is 44 and 0.44; cm^2 is not cm^3."""
+    if gold.power and answer.power and gold.power != answer.power:
         return False
     golds, answers = (
         {each.value, each.value / 100} if each.percent and not other.percent else {each.value}

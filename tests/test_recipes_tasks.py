@@ -75,5 +75,5 @@ def test_every_recipe_runs_three_updates_on_its_embedded_default(monkeypatch, tm
 
 def test_the_8b_sudoku_recipe_asks_for_a_file_before_it_loads_a_model(monkeypatch, tmp_path):
     config = str(ROOT / "recipes/sudoku_llada_8b.yaml")
-    with pytest.raises(ValueError, match="sudoku has no dataset on the hub"):
+    with pytest.raises(SystemExit, match="sudoku has no dataset on the hub"):
         run(monkeypatch, "sudoku", "--config", config, "--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path))

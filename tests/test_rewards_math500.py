@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rewards import math500
-from rewards.math500 import boxed_reward, correctness_reward
+from rewards.math500 import MathVerify, boxed_reward, correctness_reward
 
 PROJECT = Path(__file__).parents[1]
 GENERATIONS = sorted((Path(__file__).parent / "data/d1").glob("math500*_generations.json"))
@@ -108,6 +110,211 @@ def test_equal(answer, gold):
 )
 def test_different(answer, gold):
     assert score(answer, gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("x^2+x+1=0", "\\boxed{x^2+x+2=0}", 0),
+        ("x + y + z = 0", "\\boxed{0}", 0),
+        ("xy=6", "6", 0),
+        ("y=2x+3", "2x+3", 1),
+        ("11/4", "1 1/4", 0),
+        ("12", "1 2", 0),
+        ("\\frac{5}{4}", "1 1/4", 1),
+        ("58,500", "\\(58,500\\)", 1),
+        ("20", "\\(20\\text{ miles}\\)", 1),
+        ("30^\\circ.", "\\boxed{30^\\circ}", 1),
+        ("\\frac{1}{2^{98}}", "\\frac{8}{2^{98}}", 0),
+        ("2,-2", "\\boxed{\\pm 2}", 1),
+        ("\\text{June 20}", "June 20", 1),
+        ("\\text{June 20}", "June 21", 0),
+        ("18", "3×6", 0),
+        ("18", "3·6", 0),
+        ("18", "3 x 6", 0),
+        ("18", "√324", 0),
+        ("18", "3(6)", 0),
+        ("18", "(3)(6)", 0),
+        ("18", "3 \\ast 6", 0),
+        ("18", "18^1", 0),
+        ("18", "3 times 6", 0),
+        ("18", "3**6", 0),
+        ("73", "**73**", 1),
+        ("73", "`73`", 1),
+        ("73", "The answer is $73$.", 1),
+        ("73", "$73$.", 1),
+        ("73", "The answer is $73$ or $74$.", 0),
+        ("73", "$72$, $73$", 0),
+        ("73", "The answer is 73.", 1),
+        ("73", "It is **73** apples", 1),
+        ("73", "$$73$$", 1),
+        ("73", "\\[73\\]", 1),
+        ("73", "**$73$**", 1),
+        ("x^2+1=0", "x^2+2=0", 0),
+        ("x^2+y^2=1", "2x^2+2y^2=2", 1),
+        ("x^2+y^2=1", "x^2+y^2=2", 0),
+        ("y=2x+3", "2x-y+3=0", 1),
+        ("y=2x+3", "y=2x+4", 0),
+        ("2x+y=3", "3", 0),
+        ("x^4+1=0", "x^4+5=0", 0),
+        ("x=5", "y=5", 0),
+        ("x=5", "x=5", 1),
+        ("5", "x=5", 1),
+        ("12", "AB = 12", 1),
+        ("12", "8+4=12", 1),
+        ("12", "xy=12", 0),
+        ("2,-2", "x=2, x=-2", 1),
+        ("2,-2", "x=\\pm 2", 1),
+        ("2,-2", "2 or -2", 1),
+        ("2,-2", "$2$ and $-2$", 1),
+        ("1\\pm\\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}", 1),
+        ("1+\\sqrt{19},1-\\sqrt{19}", "1 \\pm \\sqrt{19}", 1),
+        ("1\\pm\\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{18}", 0),
+        ("1 \\pm \\sqrt{5}, -2", "-2, 1\\pm\\sqrt5", 1),
+        ("5t", "5", 0),
+        ("5", "5t", 0),
+        ("5t", "5t", 1),
+        ("\\frac{1}{10^{20}}", "\\frac{2}{10^{20}}", 0),
+        ("10^{-9}", "10^{-10}", 0),
+        ("0.00000001", "0.00000002", 0),
+        ("\\frac{x}{10^{20}}", "\\frac{2x}{10^{20}}", 0),
+        ("\\frac13", "0.333333", 1),
+        ("\\frac13", "0.3333", 0),
+        ("\\frac{2}{3}", "0.666667", 1),
+        ("44\\%", "44", 1),
+        ("44", "44%", 1),
+        ("10\\sqrt{2}\\text{ cm}", "10\\sqrt2", 1),
+        ("10\\sqrt{2}", "10\\sqrt{2}\\text{ cm}", 1),
+        ("10\\sqrt{2}", "10\\sqrt{2} cm", 1),
+        ("\\frac{\\sqrt{3}}{2}", "√3/2", 1),
+        ("4\\pi", "4π", 1),
+        ("4\\pi", "2 \\cdot 2\\pi", 0),
+        ("(3,-1)", "(3, −1)", 1),
+        ("(3,-1)", "(2+1,-1)", 0),
+        ("(-\\infty,-8]\\cup [8,\\infty)", "(−∞,−8] ∪ [8,∞)", 1),
+        ("x \\in [-2,7]", "[-2,7]", 1),
+        ("\\text{(C)}", "C", 1),
+        ("x^2+1", "x²+1", 1),
+        ("2\\frac{1}{4}", "\\frac{9}{4}", 1),
+        ("2\\frac14", "2 1/4", 1),
+        ("-2\\frac14", "-\\frac94", 1),
+        ("2.25", "2 1/4", 1),
+        ("\\frac{9}{4}", "2 \\frac{1}{4}", 1),
+        ("1234", "1 234", 0),
+        ("12345", "12 345", 1),
+        ("1,234", "1234", 1),
+        ("1,234,567", "1\\,234\\,567", 1),
+        ("1{,}234", "1234", 1),
+        ("\\$18.90", "18.90 dollars", 1),
+        ("5", "not 5", 0),
+        ("5", "The answer is not $5$", 0),
+        ("x+y+z=0", "x+y+z=0", 1),
+        ("a=b", "b=a", 1),
+        ("f(x)=2x+3", "2x+3", 1),
+        ("\\sqrt{50}", "5\\sqrt2", 1),
+        ("x > 3", "x>3", 1),
+        ("x > 3", "(3,\\infty)", 1),
+        ("x \\le 3", "x \\leq 3", 1),
+        ("x^2<-1", "x^2<-2", 0),
+        ("\\begin{pmatrix} -7 \\\\ 16 \\\\ 5 \\end{pmatrix}", "\\begin{pmatrix} -7 \\\\ 16 \\\\ 5 \\end{pmatrix}", 1),
+        ("\\begin{pmatrix} -7 \\\\ 16 \\\\ 5 \\end{pmatrix}", "\\begin{pmatrix} -7 \\\\ 16 \\\\ 6 \\end{pmatrix}", 0),
+        ("6-3i", "6 - 3i", 1),
+        ("\\log_2 8", "\\log_{2} 8", 1),
+        ("10\\text{ inches}", "10 inches", 1),
+        ("36", "36\\text{ cm}^2", 1),
+        ("3", "$x = 3$", 1),
+        ("3", "x is 3", 1),
+        ("3/4", "¾", 1),
+        ("1.5", "1½", 1),
+        ("-7", "−7", 1),
+        ("90^\\circ", "90°", 1),
+        ("90", "90 degrees", 1),
+        ("\\frac{1}{2}", "$\\dfrac{1}{2}$", 1),
+        ("\\left(0,\\frac12\\right)", "$\\left(0,\\frac{1}{2}\\right)$", 1),
+        ("y = \\frac{1}{x}", "xy=1", 1),
+        ("9", "3^2", 0),
+        ("120", "5!", 0),
+        ("6", "\\lvert -6 \\rvert", 0),
+        ("6", "|−6|", 0),
+    ],
+)
+def test_answers_as_people_write_them(gold, answer, expected):
+    assert score(answer, gold, box="%s") == expected
+
+
+def in_thousands(gold, comma):
+    return f"{int(gold):,}".replace(",", comma) if re.fullmatch(r"\d{4,}", gold) else None
+
+
+def if_number(gold, text):
+    return text if re.fullmatch(r"-?\d+(\.\d+)?", gold) else None
+
+
+def as_mixed(gold, form):
+    match = re.fullmatch(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", gold)
+    if match is None or int(match[1]) < int(match[2]) or int(match[1]) % int(match[2]) == 0:
+        return None
+    return form % (*divmod(int(match[1]), int(match[2])), int(match[2]))
+
+
+FORMS = {
+    "boxed": lambda gold: f"\\boxed{{{gold}}}",
+    "parentheses": lambda gold: f"\\({gold}\\)",
+    "dollar": lambda gold: f"${gold}$.",
+    "dollars": lambda gold: f"$${gold}$$",
+    "brackets": lambda gold: f"\\[ {gold} \\]",
+    "bold": lambda gold: f"**{gold.strip()}**",
+    "code": lambda gold: f"`{gold}`",
+    "full stop": lambda gold: f"{gold}.",
+    "prose": lambda gold: f"The answer is ${gold}$.",
+    "bold prose": lambda gold: f"**The final answer is \\({gold}\\).**",
+    "minus": lambda gold: gold.replace("-", "−"),
+    "pi": lambda gold: re.sub(r"\\pi(?![a-z])", "π", gold),
+    "fractions": lambda gold: re.sub(r"\\[dt]?frac", r"\\dfrac", gold),
+    "unit": lambda gold: if_number(gold, f"\\({gold}\\text{{ miles}}\\)"),
+    "plain unit": lambda gold: if_number(gold, f"{gold} cm²"),
+    "name": lambda gold: if_number(gold, f"x = {gold}"),
+    "thousands": lambda gold: in_thousands(gold, ","),
+    "thousands in LaTeX": lambda gold: in_thousands(gold, "{,}"),
+    "thin spaces": lambda gold: in_thousands(gold, "\\,"),
+    "mixed": lambda gold: as_mixed(gold, "%d %d/%d"),
+    "mixed in LaTeX": lambda gold: as_mixed(gold, r"%d\frac{%d}{%d}"),
+}
+
+
+def with_another_digit(gold):
+    """The gold with its last digit changed; None where it has none."""
+    places = [place for place, sign in enumerate(gold) if sign in "0123456789"]
+    return (
+        None if not places else gold[: places[-1]] + str((int(gold[places[-1]]) + 1) % 9 + 1) + gold[places[-1] + 1 :]
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gold_of_math_rewritten_stays_right_and_with_another_digit_it_is_wrong(form):
+    golds = (Path(__file__).parent / "data/math/answers.txt").read_text().splitlines()
+    for change, expected in ((str, 1.0), (with_another_digit, 0.0)):
+        changed = {gold: change(gold) for gold in golds}
+        pairs = [(gold, FORMS[form](other)) for gold, other in changed.items() if other]
+        pairs = [(gold, text) for gold, text in pairs if text is not None]
+        texts = [f"<answer>\n{text}\n</answer>" for _, text in pairs]
+        scores = correctness_reward(texts, texts, [gold for gold, _ in pairs])
+        assert pairs
+        assert [pair for pair, score in zip(pairs, scores, strict=True) if score != expected] == []
+
+
+@pytest.mark.slow
+def test_many_answers_that_take_too_long_are_bounded_together_and_cost_no_other():
+    """Counted in CPU time of the workers: 96 of them one after the other took 77 seconds."""
+    bombs = [f"<answer>9^{{9^{{9^{{{n}}}}}}}</answer>" for n in range(9, 105)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answers = MathVerify()
+    pairs = [("9^9", re.search("r>(.*)<", bomb)[1]) for bomb in bombs]
+    assert answers.equal([*pairs, ("x+1", "1+x")]) == [False] * 96 + [True]
+    for worker in answers.workers:
+        worker.stop()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime < 60
 
 
 HOSTILE = [

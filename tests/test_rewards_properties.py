@@ -81,7 +81,9 @@ TEXTS = st.one_of(
 
 
 def check(reward, text):
-    columns = {name: [value, value] for name, value in COLUMNS.items()}
+    # A Sudoku's solution is no reference of a program.
+    left_out = ["solution"] if reward is programs.tests_reward else []
+    columns = {name: [value, value] for name, value in COLUMNS.items() if name not in left_out}
     completions = [text, [{"role": "assistant", "content": text}]]
     scores = []
     spent = effort(

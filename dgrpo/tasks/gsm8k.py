@@ -19,10 +19,10 @@ the final number between <answer> and </answer>:
 
 def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """The question, and the number after `####` without thousands separators."""
-    answer = field_of(row, "answer")
+    question, answer = text_of(row, "question"), field_of(row, "answer")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise ValueError(f"dataset: the field 'answer' is {answer!r}; it must be a number or end in one.")
-    return {"question": text_of(row, "question"), "answer": str(answer).rpartition("####")[2].strip().replace(",", "")}
+    return {"question": question, "answer": str(answer).rpartition("####")[2].strip().replace(",", "")}
 
 
 def embedded(split: str, num_problems: int, seed: int) -> list[dict[str, Any]]:
