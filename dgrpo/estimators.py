@@ -190,7 +190,8 @@ def trace(
 
     Steps that committed no token up to the end of text do not count, so an answer that ended early is not cut more
     coarsely. Rows with fewer steps than views are filled up with empty views. The picture is the sampler's up to the
-    end of text; a rollout does not keep what was drawn behind it, and marks it as never revealed: it stays hidden.
+    end of text; what was drawn behind it counts as never revealed and stays hidden. Where a policy hid or overwrote
+    tokens, one counts as hidden until it was last written.
     """
     chosen = {
         name: value

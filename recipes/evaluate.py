@@ -73,7 +73,9 @@ def samplers(arguments: argparse.Namespace, task: Task, embedded: bool) -> list[
         block = arguments.block_length or min(recipe.get("block_length", 32), length)
         own = recipe["diffusion_steps"] if length == recipe.get("max_completion_length") else None
         steps = arguments.diffusion_steps or own or length // 2
-        configs.append(SamplerConfig(length, block, steps, arguments.temperature))
+        configs.append(
+            SamplerConfig(length, block, steps, arguments.temperature, sampler_policy=arguments.sampler_policy)
+        )
     return configs
 
 
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument("--block_length", type=int, help="Default: 32.")
     parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
+    parser.add_argument("--sampler_policy", help="What a denoising step writes: package.module:function.")
     parser.add_argument("--samples", type=int, default=1, help="Completions of each problem; above 1: pass@k.")
     parser.add_argument(
         "--select",

@@ -6,6 +6,7 @@ r"""What people write around mathematics and how differently they write the same
 """
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ UNICODE = str.maketrans(
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎"
 SCRIPT = str.maketrans(RAISED + LOWERED, "0123456789+-()ni" + "0123456789+-()")
 
-SPELLINGS = [
+ORDER = {"leq": r"\le ", "geq": r"\ge ", "neq": r"\ne ", "varnothing": r"\emptyset "}
+SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(rf"[{RAISED}]+"), lambda match: f"^{{{match[0].translate(SCRIPT)}}}"),
     (re.compile(rf"[{LOWERED}]+"), lambda match: f"_{{{match[0].translate(SCRIPT)}}}"),
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
@@ -99,7 +101,6 @@ SPELLINGS = [
     (re.compile(r"\s+"), " "),
     (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),
 ]  # fmt: skip
-ORDER = {"leq": r"\le ", "geq": r"\ge ", "neq": r"\ne ", "varnothing": r"\emptyset "}
 THOUSANDS = re.compile(r"(?<![\d.,])(?:\d{1,3}(?:,\d{3})+|\d{2,3}(?: \d{3})+)(?![\d]|,\d| \d)")
 
 

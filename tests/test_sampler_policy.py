@@ -1,5 +1,7 @@
 """Policies of one's own, the history that they leave, and rows that leave a block when they are done with it."""
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -247,6 +249,33 @@ def test_training_settings_reach_the_sampler(tmp_path):
     assert args.sampler().policy is edit
     assert args.sampler().approximate
     assert args.sampler().exact().policy is None
+
+
+def test_training_samples_by_it_and_logs_how_much_it_changes(trainer):
+    run = trainer(sampler_policy=f"{__name__}:shuffle", max_steps=2, stop_at_eos=False)
+    run.train()
+    logged = {name for entry in run.state.log_history for name in entry}
+    assert "rollout/agreement" in logged
+    (batch, *_) = run._buffered_inputs
+    step, _, token = batch["history"].unbind(2)
+    assert ((token == -1) & (step >= 0)).any()
+
+
+POLICY_FILE = """
+def leftmost(sight, budget, config):
+    print("asked", len(sight.ids))
+    first = sight.positions.masked_fill(~sight.is_open, 10**6).argsort(1).argsort(1) < budget[:, None]
+    return sight.tokens.where(first, sight.ids)
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_samples_by_a_file_of_the_users_own(tmp_path):
+    (tmp_path / "my_policy.py").write_text(POLICY_FILE)
+    command = [sys.executable, "-m", "dgrpo", "evaluate", "--task", "gsm8k", "--num_problems", "4"]
+    command += ["--sampler_policy", "my_policy:leftmost", "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "asked 4" in done.stdout
 
 
 @pytest.mark.parametrize("wrong", [lambda ids: ids[:, :-1], lambda ids: ids.masked_fill(ids == MASK, EOS)])

@@ -251,6 +251,4 @@ def _merged_already(model: Any) -> bool:
 
 def greedy(config: SamplerConfig) -> SamplerConfig:
     """The same sampler at temperature 0 and without approximations."""
-    return replace(
-        config, temperature=0.0, cache=None, cache_refresh=None, threshold=None, factor=None, entropy_bound=None
-    )
+    return replace(config.exact(), temperature=0.0)

@@ -62,7 +62,8 @@ def along(metrics: Metrics, x: str) -> Metrics:
         return metrics
     if column not in metrics:
         raise ValueError(f"x={x!r}: a run has no column {column} in metrics.csv; compare by updates.")
-    so_far, total = {0: 0.0}, 0.0
+    so_far: dict[float, float] = {0: 0.0}
+    total = 0.0
     for step, value in metrics[column]:
         total = value if x == "tokens" else total + (1.0 if x == "rollouts" else value)
         so_far[step] = total

@@ -133,7 +133,7 @@ def coverage_tiles(summary: dict) -> list[dict]:
     ]
 
 
-def thin(points: list[tuple[int, float]], limit: int = MAX_POINTS) -> list[list[float]]:
+def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[list[float]]:
     """The curve as at most `limit` points, each the mean of its neighbours and at the last one's step."""
     size = -(-len(points) // limit)
     parts = [points[start : start + size] for start in range(0, len(points), size)] if points else []

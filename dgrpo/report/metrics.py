@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 # metric -> [(step, value)], by increasing step
-Metrics = dict[str, list[tuple[int, float]]]
+# Points of each column by step, or by whatever a comparison counts.
+Metrics = dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)

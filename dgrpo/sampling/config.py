@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
 from pkgutil import resolve_name
-from typing import Literal
+from typing import Any, Literal
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
 
@@ -117,7 +117,9 @@ class SamplerConfig:
 
     def exact(self) -> "SamplerConfig":
         """The same sampler without approximations."""
-        off = dict.fromkeys(("cache", "cache_refresh", "threshold", "factor", "entropy_bound", "sampler_policy"))
+        off: dict[str, Any] = dict.fromkeys(
+            ("cache", "cache_refresh", "threshold", "factor", "entropy_bound", "sampler_policy")
+        )
         return replace(self, **off)
 
     @property

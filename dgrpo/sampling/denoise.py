@@ -198,9 +198,9 @@ class Denoiser:
         if not self.log:
             return
         rows, *rest = zip(*self.log, strict=True)
-        rows = [each[:, None].expand_as(columns) for each, columns in zip(rows, rest[0], strict=True)]
+        per_event = [each[:, None].expand_as(columns) for each, columns in zip(rows, rest[0], strict=True)]
         row, position, step, token, probs, entropy = (
-            torch.cat([each.flatten() for each in part]) for part in (rows, *rest)
+            torch.cat([each.flatten() for each in part]) for part in (per_event, *rest)
         )
         happened = (step >= 0).nonzero()[:, 0]
         token = token.masked_fill(token == self.mask_token_id, -1)

@@ -58,8 +58,8 @@ def commit(sight: Sight, budget: Tensor | None, config: SamplerConfig) -> Tensor
             order = order.masked_fill(is_end, NEVER)
     ranked = order.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     if budget is None:
-        in_order = (each.gather(1, ranked) for each in (sight.probs, sight.entropy, candidates))
-        chosen = may_commit(*in_order, config)
+        probs, entropy, fit = (each.gather(1, ranked) for each in (sight.probs, sight.entropy, candidates))
+        chosen = may_commit(probs, entropy, fit, config)
     else:
         chosen = torch.arange(ranked.shape[1], device=ranked.device) < budget[:, None]
     return torch.where(torch.empty_like(chosen).scatter_(1, ranked, chosen), sight.tokens, sight.ids)

@@ -278,7 +278,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
             ends = torch.tensor(self.eos_token_ids, device=kept.device)
             kept = kept & torch.isin(rollout.completion_ids, ends).any(1, keepdim=True)
             weights = weights * kept[:, None, None]
-        trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy")}
+        trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy", "history")}
         # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
         # would tell the model how long the answer is. Its count of tokens takes a last [PAD] for an end of text.
         return batch | {
