@@ -175,6 +175,48 @@ CONFIGS["sdar"] = CONFIGS["qwen3"] | {
     "mask_token_id": NUM_WORDS - 1,
     "model_type": "sdar",
 }
+CONFIGS["llada2"] = {key: _SIZES[key] for key in _SIZES if key != "tie_word_embeddings"} | {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    "block_size": 4,
+    "embedding_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+    "max_window_layers": 28,
+    "model_type": "llada2_moe",
+    "moe_intermediate_size": 16,
+    "moe_router_enable_expert_bias": True,
+    "n_group": 4,
+    "norm_head": False,
+    "norm_topk_prob": True,
+    "num_experts": 16,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 3,
+    "num_shared_experts": 1,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "pad_token_id": NUM_WORDS - 7,
+    "partial_rotary_factor": 0.5,
+    "rope_scaling": None,
+    "rope_theta": 600000,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "sliding_window": 4096,
+    "topk_group": 2,
+    "torch_dtype": "bfloat16",
+    "use_bias": False,
+    "use_cache": True,
+    "use_qk_norm": True,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "use_sliding_window": False,
+}
 CONFIGS["a2d-qwen2"] = CONFIGS["qwen2"] | {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2"}
 CONFIGS["a2d-llama"] = CONFIGS["llama"] | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama"}
 
@@ -183,6 +225,8 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every stored tensor's name and shape."""
     if "d_model" in config:
         return _llada_shapes(config)
+    if config["model_type"] == "llada2_moe":
+        return _llada2_shapes(config)
     d, heads, kv_heads = (config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     size = config.get("head_dim", d // heads)
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], d)}
@@ -222,11 +266,61 @@ def _llada_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return found | {"model.transformer.ln_f.weight": (d,), "model.transformer.ff_out.weight": (rows, d)}
 
 
+def _llada2_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    d, size, rows = config["hidden_size"], config["head_dim"], config["vocab_size"]
+    heads, kv_heads, inner = (
+        config[key] for key in ("num_attention_heads", "num_key_value_heads", "moe_intermediate_size")
+    )
+    found: dict[str, tuple[int, ...]] = {"model.word_embeddings.weight": (rows, d)}
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        found[f"{layer}.attention.query_key_value.weight"] = ((heads + 2 * kv_heads) * size, d)
+        found |= {f"{layer}.attention.{name}_layernorm.weight": (size,) for name in ("query", "key")}
+        found[f"{layer}.attention.dense.weight"] = (d, heads * size)
+        found |= {f"{layer}.{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
+        parts = {"mlp": config["intermediate_size"]}
+        if index >= config["first_k_dense_replace"]:
+            found[f"{layer}.mlp.gate.weight"] = (config["num_experts"], d)
+            found[f"{layer}.mlp.gate.expert_bias"] = (config["num_experts"],)
+            parts = {f"mlp.experts.{expert}": inner for expert in range(config["num_experts"])}
+            parts["mlp.shared_experts"] = inner * config["num_shared_experts"]
+        for part, width in parts.items():
+            found |= {f"{layer}.{part}.{name}_proj.weight": (width, d) for name in ("gate", "up")}
+            found[f"{layer}.{part}.down_proj.weight"] = (d, width)
+    return found | {"model.norm.weight": (d,), "lm_head.weight": (rows, d)}
+
+
+def in_llama_s_names(weights: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """LLaDA2's tensors under the names of Llama-like networks, its one projection cut into three."""
+    found = {}
+    size, kv_heads = config["head_dim"], config["num_key_value_heads"]
+    rows = [config["num_attention_heads"] * size, kv_heads * size, kv_heads * size]
+    for name, weight in weights.items():
+        if name.endswith("query_key_value.weight"):
+            stem = name.replace("attention.query_key_value.weight", "self_attn")
+            found |= {f"{stem}.{part}_proj.weight": each for part, each in zip("qkv", weight.split(rows), strict=True)}
+            continue
+        for theirs, ours in (
+            ("word_embeddings", "embed_tokens"),
+            ("attention.dense", "self_attn.o_proj"),
+            ("attention.query_layernorm", "self_attn.q_norm"),
+            ("attention.key_layernorm", "self_attn.k_norm"),
+        ):
+            name = name.replace(theirs, ours)
+        found[name] = weight
+    return found
+
+
 def random_weights(config: dict, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Every tensor random, norms around one, so that a forgotten or misplaced one changes the answer."""
+    """Every tensor random, norms around one, so that a forgotten or misplaced one changes the answer.
+
+    A router's bias is stored in float32, as LLaDA2.1 does.
+    """
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (torch.randn(shape, generator=generator) * 0.2 + float("norm" in name or "ln_f" in name)).to(dtype)
+        name: (torch.randn(shape, generator=generator) * 0.2 + float("norm" in name or "ln_f" in name)).to(
+            torch.float32 if name.endswith("expert_bias") else dtype
+        )
         for name, shape in shapes(config).items()
     }
 
@@ -310,6 +404,8 @@ def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, shift: int) ->
     token i is read at position i - 1.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
+    if config["model_type"] == "llada2_moe":
+        weights = in_llama_s_names(weights, config)
     heads, eps, theta = config["num_attention_heads"], config["rms_norm_eps"], config["rope_theta"]
     shared = torch.arange(heads) * config["num_key_value_heads"] // heads
     x = weights["model.embed_tokens.weight"][ids]
@@ -326,7 +422,11 @@ def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, shift: int) ->
                 rms_norm(states, layer[f"self_attn.{name}_norm.weight"], eps)
                 for name, states in (("q", query), ("k", key))
             )
-        scores = rotary(query, theta) @ rotary(key, theta)[shared].mT / query.shape[-1] ** 0.5
+        turned = int(query.shape[-1] * config.get("partial_rotary_factor", 1))
+        query, key = (
+            torch.cat([rotary(states[..., :turned], theta), states[..., turned:]], -1) for states in (query, key)
+        )
+        scores = query @ key[shared].mT / query.shape[-1] ** 0.5
         if "block_size" in config:
             block = torch.arange(len(ids)) // config["block_size"]
             scores = scores.masked_fill(block > block[:, None], -torch.inf)
@@ -352,10 +452,31 @@ def _swiglu(layer: dict[str, Tensor], part: str, h: Tensor) -> Tensor:
 
 
 def _routed(layer: dict[str, Tensor], h: Tensor, config: dict) -> Tensor:
-    """One token, one expert at a time; probabilities over all experts, not renormalised over the chosen ones."""
+    """One token, one expert at a time; probabilities over all experts, not renormalised over the chosen ones.
+
+    LLaDA2: sigmoid scores, chosen by score and bias from the groups whose two best sum highest, renormalised over the
+    chosen ones; and a shared expert.
+    """
+    if "n_group" in config:
+        return _shared_and_routed(layer, h, config)
     rows = []
     for token in h:
         probs = (layer["mlp.gate.weight"] @ token).softmax(0)
         chosen = probs.argsort(descending=True)[: config["num_experts_per_tok"]].tolist()
         rows.append(sum(probs[e] * _swiglu(layer, f"mlp.experts.{e}", token[None])[0] for e in chosen))
     return torch.stack(rows)
+
+
+def _shared_and_routed(layer: dict[str, Tensor], h: Tensor, config: dict) -> Tensor:
+    rows, size = [], config["num_experts"] // config["n_group"]
+    for token in h:
+        scores = (layer["mlp.gate.weight"] @ token).sigmoid()
+        biased = (scores + layer["mlp.gate.expert_bias"]).tolist()
+        groups = [range(group * size, (group + 1) * size) for group in range(config["n_group"])]
+        groups.sort(key=lambda group: sum(sorted(biased[e] for e in group)[-2:]), reverse=True)
+        admitted = [e for group in groups[: config["topk_group"]] for e in group]
+        chosen = sorted(admitted, key=lambda e: biased[e], reverse=True)[: config["num_experts_per_tok"]]
+        total = scores[chosen].sum()
+        answers = [scores[e] / total * _swiglu(layer, f"mlp.experts.{e}", token[None])[0] for e in chosen]
+        rows.append(sum(answers) * config["routed_scaling_factor"])
+    return torch.stack(rows) + _swiglu(layer, "mlp.shared_experts", h)

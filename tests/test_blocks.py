@@ -8,13 +8,13 @@ import published
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dgrpo.models import ScoringPass, attention, load_model
 from dgrpo.models.blocks import BlockPast
 
 B, P, C, N, MASK = 4, 8, 12, 3, published.NUM_WORDS - 1
-KINDS = {"sdar": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
+KINDS = {"sdar": {}, "llada2": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_recomputing_changes_neither_scores_nor_gradients(model, layers_too):
         model.activation_checkpointing_enable()
         model.train()
     lengths = []
-    model.model.layers[0].self_attn.register_forward_hook(lambda _, __, output: lengths.append(output[0].shape[1]))
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda _, __, x: lengths.append(x.shape[1]))
     [scores] = model(passes=[scoring_pass(*case, chunk=8, recompute=True)])
     torch.testing.assert_close(scores.logps, expected.logps, rtol=0, atol=1e-5)
     num_forward = len(lengths)
@@ -140,8 +140,7 @@ def test_a_prompt_goes_through_the_network_once_and_blocks_that_nobody_asks_abou
     ids, mask, copies, asked = texts(False)
     asked = asked & (torch.arange(C) >= 4) & (torch.arange(N)[:, None] != 1)
     seen = []
-    attend = model.model.layers[0].self_attn
-    attend.register_forward_hook(lambda _, __, output: seen.append(tuple(output[0].shape[:2])))
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda _, __, x: seen.append(tuple(x.shape[:2])))
     model(passes=[scoring_pass(ids, mask, copies, asked)])
     # Three distinct prompts, six completions without their last block, and two copies of two blocks.
     assert seen == [(3, P), (6, C - B), (6, 2 * 2 * B)]
@@ -199,6 +198,49 @@ def test_sdar_is_qwen3_under_a_mask_of_blocks(folders):
     torch.testing.assert_close(model(ids).logits, qwen(ids, attention_mask=blocks).logits, rtol=0, atol=1e-5)
     causal = qwen(ids).logits
     assert (model(ids).logits - causal).abs().max() > 1e-2
+
+
+def test_llada2_is_glm4_moe_under_other_names_also_where_the_bias_changes_the_choice(folders):
+    """transformers' network of the same arithmetic, its router in float32, its experts stacked."""
+    model, _ = load_model(folders["llada2"])
+    told = published.CONFIGS["llada2"]
+    shared = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "head_dim",
+    )
+    shared += ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group", "first_k_dense_replace")
+    shared += ("num_hidden_layers", "routed_scaling_factor", "rms_norm_eps", "norm_topk_prob")
+    names = {"n_routed_experts": told["num_experts"], "n_shared_experts": 1, "use_qk_norm": True}
+    rope = {"rope_type": "default", "rope_theta": told["rope_theta"], "partial_rotary_factor": 0.5}
+    config = Glm4MoeConfig(
+        **{key: told[key] for key in shared}, **names, rope_parameters=rope, num_nextn_predict_layers=0
+    )
+    glm = Glm4MoeForCausalLM(config).eval()
+    weights = published.in_llama_s_names(published.random_weights(told), told)
+    for layer in range(1, told["num_hidden_layers"]):
+        stem = f"model.layers.{layer}.mlp"
+        gate, up, down = (
+            torch.stack([weights.pop(f"{stem}.experts.{e}.{name}_proj.weight") for e in range(told["num_experts"])])
+            for name in ("gate", "up", "down")
+        )
+        weights[f"{stem}.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        weights[f"{stem}.experts.down_proj"] = down
+        weights[f"{stem}.gate.e_score_correction_bias"] = weights.pop(f"{stem}.gate.expert_bias")
+    glm.load_state_dict(weights)
+    ids = texts(False)[0]
+    block = torch.arange(P + C) // B
+    blocks = (block <= block[:, None])[None, None].expand(len(ids), -1, -1, -1)
+    expected = glm(ids, attention_mask=blocks).logits
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    router = model.model.layers[1].mlp.gate
+    tokens = torch.randn(50, 32, generator=torch.Generator().manual_seed(7))
+    with_bias = router(tokens)[0].sort(1).values
+    router.expert_bias.zero_()
+    assert (router(tokens)[0].sort(1).values != with_bias).any(1).float().mean() > 0.2
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])

@@ -20,7 +20,7 @@ from dgrpo.models.families import FAMILIES
 from dgrpo.models.loading import family_of, quantization
 
 NUM_WORDS, V = published.NUM_WORDS, published.V
-KINDS = ["llada", "dream", "llada_moe", "sdar", "a2d-qwen2", "a2d-qwen3", "a2d-llama"]
+KINDS = ["llada", "dream", "llada_moe", "sdar", "llada2", "a2d-qwen2", "a2d-qwen3", "a2d-llama"]
 CAUSAL = ["qwen2", "qwen3", "llama"]
 IDS = torch.arange(20, 29)[None]
 
@@ -68,6 +68,12 @@ def test_a_published_folder_loads_whole(tmp_path, kind):
         ("dream", [293, 295], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
         ("llada_moe", [293, 297], "<role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>"),
         ("a2d-qwen3", [293, 295], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ("sdar", [293, 295], "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "llada2",
+            [293, 297],
+            "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>",
+        ),
     ],
 )
 def test_end_tokens_and_chat_template_where_the_tokenizer_lacks_one(tmp_path, kind, ends, prompt):
@@ -196,6 +202,12 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
     folder = published.write_checkpoint(tmp_path / "other", "llama", model_type="gpt2")
     with pytest.raises(ValueError, match=r"model_type 'gpt2'.*Supported: LLaDA-MoE, LLaDA, Dream"):
         load_model(folder)
+    newer = published.write_checkpoint(tmp_path / "LLaDA2.2-flash", "llada2")
+    with pytest.raises(ValueError, match="LLaDA2.2 admits experts for a whole block.*Use LLaDA2.0 or 2.1"):
+        load_model(newer)
+    gemma = published.write_checkpoint(tmp_path / "gemma", "llama", model_type="diffusion_gemma")
+    with pytest.raises(ValueError, match="DiffusionGemma has no mask token"):
+        load_model(gemma)
     with pytest.raises(ValueError, match="takes causal checkpoints of qwen2, qwen3, llama"):
         load_model(folder, convert="bidirectional")
     with pytest.raises(ValueError, match="choose 'bidirectional' or 'block'"):

@@ -14,7 +14,7 @@ from dgrpo.models import load_model
 from dgrpo.models.families import FAMILIES
 from dgrpo.models.merge import copy_companions, merge_adapters
 
-NUM_ADAPTED = {"llada": 14, "dream": 14, "llada_moe": 8, "sdar": 14, "a2d-qwen2": 14, "a2d-qwen3": 14, "a2d-llama": 14}
+NUM_ADAPTED = dict.fromkeys(KINDS, 14) | {"llada_moe": 8, "llada2": 15}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dgrpo.models import converted
 from dgrpo.models.dream import DreamConfig, DreamModel
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
+from dgrpo.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dgrpo.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from dgrpo.models.sdar import SDARConfig, SDARForCausalLM
 
@@ -27,6 +28,12 @@ _CHATML_TEMPLATE = (
 _ROLE_TEMPLATE = (
     "{% for message in messages %}<role>{{ 'HUMAN' if message['role'] == 'user' else message['role'] | upper }}</role>"
     "{{ message['content'] }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+_LLADA2_TEMPLATE = (
+    "<role>SYSTEM</role>{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n{% endif %}"
+    "detailed thinking off<|role_end|>{% for message in messages %}{% if message['role'] != 'system' %}"
+    "<role>{{ 'HUMAN' if message['role'] == 'user' else message['role'] | upper }}</role>{{ message['content'] }}"
+    "<|role_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
 )
 # The seven linear layers of each block that is named as in transformers' own networks.
 _SEVEN_LINEARS = r".*layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)"
@@ -62,6 +69,17 @@ class Family:
         return (self.config_class.model_type, *self.published_as)
 
 
+# Diffusion models that are refused, with the reason: a pattern of the checkpoint's name or its `model_type`.
+REFUSED = {
+    r"(?i)llada-?2\.2": (
+        "LLaDA2.2 admits experts for a whole block, so that a token's experts depend on its neighbours, and edits with "
+        "words for deletion and insertion. Use LLaDA2.0 or 2.1."
+    ),
+    r"diffusion_gemma": (
+        "DiffusionGemma has no mask token: its noise replaces words by random ones, which masked views cannot say."
+    ),
+}
+
 FAMILIES: dict[str, Family] = {
     "llada_moe": Family(
         name="LLaDA-MoE",
@@ -95,6 +113,17 @@ FAMILIES: dict[str, Family] = {
         chat_template=_CHATML_TEMPLATE,
         published_as=("dream",),
         tokenizer_class=Qwen2Tokenizer,
+    ),
+    "llada2_moe": Family(
+        name="LLaDA2",
+        config_class=LLaDA2MoeConfig,
+        model_class=LLaDA2MoeModelLM,
+        # Neither the router nor the routed experts.
+        lora_targets=r".*layers\.\d+\.(attention\.(query_key_value|dense)|mlp\.(shared_experts\.)?(gate|up|down)_proj)",
+        end_tokens=("<|role_end|>",),
+        mask_token_id=156895,
+        block_length=32,
+        chat_template=_LLADA2_TEMPLATE,
     ),
     "sdar": Family(
         name="SDAR",

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dgrpo.models.attention import of_queries
+from dgrpo.models.experts import Expert, through_experts
 from dgrpo.models.head import ScoringHead
 from dgrpo.models.llada import RMSNorm, eager_attention, refuse_unpublished, rotary_table, rotate, through_layers
 from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
@@ -90,19 +91,6 @@ class LLaDAMoEConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class Expert(nn.Module):
-    """SwiGLU, under the names of one expert."""
-
-    def __init__(self, config: LLaDAMoEConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.expert_intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.expert_intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.expert_intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class RoutedExperts(nn.Module):
     """Each token's sum over its `num_experts_per_tok` most probable experts, weighted by their probabilities.
 
@@ -113,20 +101,14 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.num_chosen = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
+        sizes = (config.hidden_size, config.expert_intermediate_size)
+        self.experts = nn.ModuleList(Expert(*sizes) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
         probs = self.gate(tokens).softmax(-1, dtype=torch.float32)
         weights, chosen = probs.topk(self.num_chosen, dim=-1)
-        # (token, choice) pairs in the order of their experts: one look at the device, then contiguous slices.
-        pairs = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        slices = tokens[pairs // self.num_chosen].split(counts)
-        # Every expert is called, also with no token: under ZeRO-3 all processes must make the same calls.
-        answers = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
-        answers = answers[pairs.argsort()].unflatten(0, chosen.shape)
-        return torch.einsum("tk,tkd->td", weights.to(x.dtype), answers).view_as(x)
+        return through_experts(self.experts, tokens, chosen, weights.to(x.dtype)).view_as(x)
 
 
 class Attention(nn.Module):

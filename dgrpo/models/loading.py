@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from dgrpo.models.converted import add_mask_token
-from dgrpo.models.families import FAMILIES, Family
+from dgrpo.models.families import FAMILIES, REFUSED, Family
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ def family_of(name_or_path: str | Path, revision: str | None = None, *, convert:
 def _family_of(raw: dict, name_or_path: str, convert: str | None) -> Family:
     model_type = raw.get("model_type")
     known = f"model_name_or_path={name_or_path!r} has model_type {model_type!r}"
+    for pattern, reason in REFUSED.items():
+        if re.search(pattern, str(model_type)) or re.search(pattern, Path(name_or_path).name):
+            raise ValueError(f"{known}: {reason}")
     causal = {family.converts: family for family in FAMILIES.values() if family.converts}
     kinds = f"causal checkpoints of {', '.join(causal)}"
     if convert is not None:
@@ -132,9 +135,9 @@ def load_config(
     raw = read_config(name_or_path, revision)
     family = _family_of(raw, name_or_path, convert)
     raw.pop("model_type")
-    raw["block_length"] = _block_length(raw, name_or_path, family, block_length, convert)
-    if raw["block_length"] is None:
-        del raw["block_length"]
+    length = _block_length(raw, name_or_path, family, block_length, convert)
+    if length is not None:
+        raw[family.config_class.attribute_map.get("block_length", "block_length")] = length
     if convert is not None:
         # A causal checkpoint's position i predicts token i + 1, and keeps doing so.
         raw["logit_shift"] = 1

@@ -16,10 +16,11 @@ class SDARConfig(Qwen3Config):
     """SDAR's published configuration. Keys that this network does not read are kept."""
 
     model_type = "sdar"
+    attribute_map: ClassVar[dict[str, str]] = {"block_length": "block_size"}
     is_causal: ClassVar[bool] = False
     logit_shift: ClassVar[int] = 0
 
-    block_length: int | None = 4
+    block_size: int | None = 4
     mask_token_id: int | None = 151669
     auto_map: dict = field(default_factory=dict)
 
