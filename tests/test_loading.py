@@ -72,7 +72,7 @@ def test_a_published_folder_loads_whole(tmp_path, kind):
         (
             "llada2",
             [293, 297],
-            "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>hi<|role_end|><role>ASSISTANT</role>",
+            "<role>SYSTEM</role>detailed thinking off<|role_end|><role>HUMAN</role>hi<|role_end|><role>ASSISTANT",
         ),
     ],
 )

@@ -72,7 +72,7 @@ class Family:
 # Diffusion models that are refused, with the reason: a pattern of the checkpoint's name or its `model_type`.
 REFUSED = {
     r"(?i)llada-?2\.2": (
-        "LLaDA2.2 admits experts for a whole block, so that a token's experts depend on its neighbours, and edits with "
+        "LLaDA2.2 admits experts for a whole block, so a token's experts depend on its neighbours, and edits with "
         "words for deletion and insertion. Use LLaDA2.0 or 2.1."
     ),
     r"diffusion_gemma": (
