@@ -382,3 +382,54 @@ def test_a_task_of_one_s_own_trains_without_a_generator_and_is_graded_when_store
     items = [task.to_stored(row) | {"generations": f"It is {row['answer']}"[i:]} for i, row in enumerate(train)]
     report = stored.grade(items, task)
     assert (report.task, report.n, report.correct) == ("capitals", 8, 7), "the last text has lost its first letter"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.JSONL", '{"question": "1?", "answer": "1"}\n{"question": "2?", "ans', "line 2 is no JSON object"),
+        ("rows.jsonl", "", "at least one"),
+        ("rows.json", "[1, 2]", "must be rows of named fields"),
+        ("rows.json", '[{"question": "1?"', "the file cannot be read: Expecting"),
+        ("rows.parquet", "PAR1 cut", "the file cannot be read"),
+        ("rows.csv", "", "the file cannot be read"),
+        ("rows.txt", "1", "no .txt files are read; .jsonl, .json"),
+        (
+            "rows.jsonl",
+            '{"question": null, "answer": "1"}',
+            r"row 1: .* needs the field 'question'; .* \(empty: \['question'\]\)",
+        ),
+        ("rows.jsonl", '{"question": "1?", "answer": "1"}\n{"question": "2?", "answer": null}', "row 2: .* 'answer'"),
+        ("rows.jsonl", '{"question": 5, "answer": "1"}', "row 1: the field 'question' is 5; it must be a text"),
+        ("rows.jsonl", '{"question": " ", "answer": "1"}', "row 1: the field 'question' is ' '"),
+        ("rows.jsonl", '{"question": "1?", "answer": ["1"]}', r"row 1: the field 'answer' is \['1'\]"),
+        ("rows.jsonl", '{"question": "1?", "answer": true}', "row 1: the field 'answer' is True"),
+    ],
+)
+def test_damaged_files_and_rows_are_told_in_one_line(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=told) as raised:
+        load_rows(gsm8k.TASK, str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+def test_columns_of_several_kinds_and_of_taken_names(write):
+    rows = [{"question": f"{i}?", "answer": i, "note": i if i % 2 else "text"} for i in range(10)]
+    with pytest.raises(ValueError, match="the column 'note' holds values of several kinds"):
+        load_rows(gsm8k.TASK, write("mixed.jsonl", rows))
+    rows = [{"question": f"{i}?", "answer": i, "completions": "x", "prompts": "y", "level": 1} for i in range(10)]
+    train, _ = load_rows(gsm8k.TASK, write("ROWS.JSONL", rows))
+    assert set(train.column_names) == {"prompt", "question", "answer", "level"}
+
+
+def test_a_list_of_answers_is_one_and_a_list_of_solutions_is_none():
+    assert math500.to_row({"problem": "P", "answer": ["2", 5]})["answer"] == "2, 5"
+    for row in (
+        {"solution": [r"\boxed{1}"]},
+        {"answer": {"a": 1}},
+        {"answer": []},
+        {"answer": [None]},
+        {"answer": True},
+    ):
+        with pytest.raises(ValueError, match=f"the field '{next(iter(row))}' is"):
+            math500.to_row({"problem": "P"} | row)

@@ -26,6 +26,11 @@ def raises_at_words(prompts, completions, answer, **columns):
     return [float(gold) > 0 for gold in answer]
 
 
+def at_once(prompts, completions, answer, **columns):
+    """Pays nothing for reasoning."""
+    return [float("<reasoning>" not in completion[0]["content"]) for completion in completions]
+
+
 async def patient(prompts, completions, answer, **columns):
     return [1.0] * len(answer)
 
@@ -49,7 +54,7 @@ def test_rows_whose_reference_fails_are_listed(tmp_path):
 
 def test_rewards_of_one_s_own():
     task = TASKS["gsm8k"]
-    assert validate(ROWS, [double, half, patient], task).left_out == []
+    assert validate(ROWS, [double, half, at_once, patient], task).left_out == []
     [lost, also] = validate(ROWS, [raises_at_words], task).left_out[-2:]
     assert "ValueError: could not convert" in also["reason"]
     assert lost["row"] < also["row"] == 4

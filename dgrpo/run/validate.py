@@ -59,8 +59,9 @@ def validate(
 ) -> Validation:
     """Puts each row's reference, as a completion, through the rewards that judge by a column of the row.
 
-    A reference passes where each of these rewards gives it 1 (or, where a reward gives 1 to none, its highest score).
-    Rewards that ask for no column (length, format) judge no reference and are not asked.
+    A reference passes where each of these rewards gives it 1 (or, where a reward gives 1 to none, its highest score):
+    the whole completion, or its answer block alone, as a reward may pay only for answers without reasoning. Rewards
+    that ask for no column (length, format) judge no reference and are not asked.
 
     Args:
         rows: rows as `load_rows` gives them.
@@ -82,7 +83,7 @@ def validate(
         if time.monotonic() > deadline:
             break
         chunk = with_gold[start : start + CHUNK]
-        found = [_scores(reward, [rows[i] for i in chunk], [golds[i] for i in chunk]) for reward in judging]
+        found = [_best_scores(reward, [rows[i] for i in chunk], [golds[i] or "" for i in chunk]) for reward in judging]
         scores |= {index: list(each) for index, each in zip(chunk, zip(*found, strict=True), strict=True)}
     full = [min(1.0, max((_number(each[k]) for each in scores.values()), default=1.0)) for k in range(len(judging))]
     left_out = []
@@ -131,7 +132,18 @@ def _number(score: float | str | None) -> float:
     return score if isinstance(score, (int, float)) and score == score else 0.0
 
 
-def _scores(reward: Callable, rows: list[dict[str, Any]], golds: Sequence[str | None]) -> list[float | str | None]:
+def _best_scores(reward: Callable, rows: list[dict[str, Any]], golds: list[str]) -> list[float | str | None]:
+    """A reward's scores of some references; of those below 1, of the answer block alone where that is more."""
+    scores = _scores(reward, rows, golds)
+    again = [index for index, score in enumerate(scores) if _number(score) < 1]
+    alone = [golds[index].rpartition("</reasoning>")[2].lstrip() for index in again]
+    other = _scores(reward, [rows[index] for index in again], alone) if again else []
+    for index, score in zip(again, other, strict=True):
+        scores[index] = score if _number(score) > _number(scores[index]) else scores[index]
+    return scores
+
+
+def _scores(reward: Callable, rows: list[dict[str, Any]], golds: Sequence[str]) -> list[float | str | None]:
     """A reward's scores of some references; of a row at which it raises, the error."""
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
     # What TRL passes as well.

@@ -54,7 +54,7 @@ class Task:
     is_held_out: Callable[[dict[str, Any]], bool] | None = None
     # Which rows of the hub's dataset are used; None: all. Local files are taken as they are.
     keep: Callable[[dict[str, Any]], bool] | None = None
-    # The completion that a row's reference amounts to, for `dgrpo.tasks.validate`; None: the row carries none.
+    # The completion that a row's reference amounts to, for `dgrpo.run.validate`; None: the row carries none.
     reference_completion: Callable[[dict[str, Any]], str | None] = lambda row: None
     # A row as an item of d1's files ({"question", "ground_truth"}), and the columns that `grade` reads of an item.
     to_stored: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {
