@@ -146,6 +146,29 @@ def test_a_rollout_without_revisions_has_one_state_for_each_step(rollout):
         assert torch.equal(states[:, step], rollout.completion_ids.masked_fill(~shown, -1))
 
 
+def test_a_policy_sees_how_sure_the_model_was_of_what_is_shown(model, prompts):
+    seen = []
+
+    def watch(sight, budget, config):
+        seen.append(sight)
+        return remask(sight, budget, config)
+
+    fixed = torch.full((5, 12), -1)
+    fixed[:, 2] = 4
+    generate(without_end(model), *prompts, replace(BLOCKS, sampler_policy=watch), row_keys=KEYS, fixed=fixed)
+    told = torch.zeros(5, 6)
+    again = 0
+    for sight in seen[:6]:
+        assert (sight.confidence[:, 2] == 1).all()
+        assert (sight.confidence[sight.is_open] == 0).all()
+        shown = ~sight.is_open & (torch.arange(6) != 2)
+        assert torch.equal(sight.confidence[shown], told[shown])
+        after = remask(sight, -(-sight.is_open.sum(1) // (6 - sight.step)), BLOCKS)
+        again += int((shown & (after == MASK)).sum())
+        told = torch.where(sight.is_open, sight.probs, told)
+    assert again > 0
+
+
 # Rows leave
 
 
