@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgrpo.estimators import elbo
+from dgrpo.models.attention import refuse_blocks
 from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
 from dgrpo.sampling.denoise import evaluating
 from dgrpo.sampling.rollout import check_prompts
@@ -80,6 +81,7 @@ def score_views(
     such pass checkpointed, so memory does not grow with N and the number of passes depends on N alone. Within a pass
     equal pictures are computed once, forward and backward: they answer for all the rollouts that they stand for.
     """
+    refuse_blocks(model)
     num_rows, num_views, num_completion = views.weights.shape
     input_ids = torch.cat([prompt_ids, completion_ids], 1)
     canvases = views.canvases(input_ids, model.config.mask_token_id if mask_token_id is None else mask_token_id)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgrpo.models.attention import refuse_blocks
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
 from dgrpo.sampling.network import Network
@@ -61,6 +62,7 @@ def generate(
     Raises:
         ValueError: What cannot be sampled, by name, value and remedy.
     """
+    refuse_blocks(model)
     num_rows, device = len(prompt_ids), prompt_ids.device
     for name, given in {"prompt_mask": prompt_mask, "fixed": fixed, "group": group}.items():
         if given is not None and given.device != device:

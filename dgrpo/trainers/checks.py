@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dgrpo.models.adapters import check_policy, refuse_16_bit_training
+from dgrpo.models.attention import refuse_blocks
 
 
 def default_to_bf16(args: TrainingArguments) -> None:
@@ -49,6 +50,7 @@ def check_model(model: Any, tokenizer: Any, args: TrainingArguments) -> None:
         raise ValueError(f"model={model!r}: pass the model itself, as dgrpo.load_model({model!r}) returns it.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.mask_token_id is None:
         raise ValueError("processing_class: a tokenizer with a mask token is needed; load it with dgrpo.load_model.")
+    refuse_blocks(model)
     check_policy(model)
     if args.deepspeed_plugin is None:
         refuse_16_bit_training(model)

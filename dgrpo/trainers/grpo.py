@@ -22,6 +22,7 @@ from trl.trainer.utils import use_adapter
 
 from dgrpo.logprobs import ViewScores, mean_entropy, score_views
 from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_bit_training
+from dgrpo.models.attention import refuse_blocks
 from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
@@ -113,6 +114,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
                 train_dataset, processing_class, args.max_prompt_length, args.chat_template_kwargs
             )
             args.check_num_prompts(len(train_dataset))
+        refuse_blocks(model)
         if peft_config is None:
             check_policy(model)
             if args.deepspeed_plugin is None:
