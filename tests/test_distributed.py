@@ -91,6 +91,17 @@ def test_a_loss_that_is_nan_on_one_process_skips_the_update_on_all(warm, tmp_pat
     assert "Update 2 is skipped" in done.output
 
 
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_the_reference_of_a_fully_trained_policy_is_its_copy(warm, tmp_path, config):
+    """Under ZeRO-3 each process holds only a part of the weights that are copied."""
+    full = {"use_peft": "false", "beta": 0.04, "learning_rate": 1e-4}
+    done = warm.run(tmp_path / "log", arguments(tmp_path / "run", **full), config=config)
+    assert done.codes == [0, 0], done.output[-3000:]
+    kl = [float(row["kl"]) for row in metrics(tmp_path / "run")]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert max(kl) > 1e-6
+
+
 def test_two_machines_meet(tmp_path):
     """The configuration for several machines, as two launchers with a rendezvous of their own on this one."""
     with socket.socket() as listening:

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
@@ -51,6 +52,17 @@ class _Sampled(NamedTuple):
     rollout: Rollout
     hidden: Tensor  # [B, mu, N, L]
     weights: Tensor  # [B, mu, N, C]
+
+
+def _copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is, its weights gathered while they are copied: under ZeRO-3 each process holds only a part."""
+    parts = [weight for weight in model.parameters() if hasattr(weight, "ds_id")]
+    if not parts:
+        return copy.deepcopy(model).eval()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        return copy.deepcopy(model).eval()
 
 
 class DiffuGRPOTrainer(GRPOTrainer):
@@ -123,7 +135,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         # changed in memory; and it would put its own head for causal scoring over `forward`.
         with mock.patch.multiple(
             grpo_trainer,
-            create_model_from_path=lambda *args, **kwargs: copy.deepcopy(model).eval(),
+            create_model_from_path=lambda *args, **kwargs: _copy_of(model),
             add_fused_lm_head=lambda *args, **kwargs: None,
         ):
             super().__init__(
