@@ -1,6 +1,6 @@
 """The race to an accuracy: textbook diffu-GRPO against this project, from the same weights on the same problems.
 
-    python benchmarks/race.py --seeds 0 1 2                          # the embedded GSM8K-like task, about 25 minutes
+    python benchmarks/race.py --seeds 0 1 2                          # the embedded word problems
     python benchmarks/race.py --seeds 0 --settings '{"cache": "dual"}'
     python benchmarks/race.py --peer my_functions.py                 # another implementation in the textbook's place
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgrpo.estimators import elbo
-from dgrpo.models.attention import refuse_blocks
 from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
 from dgrpo.sampling.denoise import evaluating
-from dgrpo.sampling.rollout import check_prompts
+from dgrpo.sampling.rollout import check_prompts, refuse_blocks
 from dgrpo.views import MaskedViews
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import published
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig
@@ -172,3 +173,30 @@ def test_another_version_of_trl_is_told_when_a_trainer_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "private methods of trl 1.16, not of 1.17.0: pip install 'trl>=1.16,<1.17'" in done.stderr
+
+
+def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(dgrpo.run.steps, "load_model", None)
+    folder = published.write_checkpoint(tmp_path / "sdar", "sdar")
+    argv = [
+        "gsm8k.py",
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--use_cpu",
+        "true",
+    ]
+    argv += [
+        "--per_device_train_batch_size",
+        "6",
+        "--bf16",
+        "false",
+        "--dataset",
+        "embedded",
+        "--reward_funcs",
+        "rewards.gsm8k:correctness_reward",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit, match="block_length=4: this model attends block by block"):
+        dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))

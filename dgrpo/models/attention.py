@@ -4,20 +4,8 @@ A token has a block, the number of its position's block, and a copy: 0 in the cl
 Shapes: B texts, Q queries, K keys; the queries are the last of the keys unless `visible` says who sees whom.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-
-def refuse_blocks(model: Any) -> None:
-    """ValueError for a model that attends block by block, of which sampling and training are not there yet."""
-    if (length := getattr(model, "block_length", None)) is not None:
-        raise ValueError(
-            f"block_length={length}: this model attends block by block. It can be loaded, converted, merged and asked "
-            "for scores of noisy copies (ScoringPass.copies); sampling, estimators and trainers take models with full "
-            "attention only: load one of those, or convert with convert='bidirectional'."
-        )
 
 
 def see(

@@ -27,6 +27,7 @@ from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_con
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.run.validate import validated
+from dgrpo.sampling.rollout import refuse_blocks
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
@@ -71,6 +72,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     # Without an adapter, and without DeepSpeed's float32 copies, updates of weights in bfloat16 round to nothing.
     rounds = not (model_config.use_peft or recipe.adapter_name_or_path or args.deepspeed_plugin)
     family = family_of(name, model_config.model_revision, convert=convert)
+    refuse_blocks(family)
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,

@@ -125,6 +125,8 @@ def validated(
         raise result
     if result.left_out:
         logger.warning(f"validate: {result}; those that fail are left out and listed in {file}.")
+    elif result.num_unchecked:
+        logger.warning(f"validate: {result}; what was not reached is kept.")
     return rows.select(result.kept) if result.left_out else rows
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgrpo.models.attention import refuse_blocks
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
 from dgrpo.sampling.network import Network
-from dgrpo.sampling.rollout import Rollout, check_prompts, completion_mask_of, replay
+from dgrpo.sampling.rollout import Rollout, check_prompts, completion_mask_of, refuse_blocks, replay
 
 
 def end_token_ids(model: Any) -> Tensor:

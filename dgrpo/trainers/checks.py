@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dgrpo.models.adapters import check_policy, refuse_16_bit_training
-from dgrpo.models.attention import refuse_blocks
+from dgrpo.sampling.rollout import refuse_blocks
 
 
 def default_to_bf16(args: TrainingArguments) -> None:

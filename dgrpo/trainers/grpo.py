@@ -23,10 +23,10 @@ from trl.trainer.utils import use_adapter
 
 from dgrpo.logprobs import ViewScores, mean_entropy, score_views
 from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_bit_training
-from dgrpo.models.attention import refuse_blocks
 from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.sampling import Rollout
+from dgrpo.sampling.rollout import refuse_blocks
 from dgrpo.trainers.checkpoints import ExactResume
 from dgrpo.trainers.checks import context_length
 from dgrpo.trainers.config import DiffuGRPOConfig
