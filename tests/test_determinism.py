@@ -9,7 +9,7 @@ import torch
 from trainers import tiny_trainer
 
 from dgrpo.noise import row_keys, uniform
-from dgrpo.trainers.manifest import write_manifest
+from dgrpo.reliability.manifest import write_manifest
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from trainers import place_in_group, tiny_trainer
 from transformers import TrainerState
 
-from dgrpo.trainers import guards, manifest, rewards
-from dgrpo.trainers.guards import CollapseGuard, cliffs
-from dgrpo.trainers.manifest import refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
-from dgrpo.trainers.rewards import guarded
+from dgrpo.reliability import guards, manifest, rewards
+from dgrpo.reliability.guards import CollapseGuard, cliffs
+from dgrpo.reliability.manifest import refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
+from dgrpo.reliability.rewards import guarded
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 ROWS = {"prompts": ["a", "b"], "completions": ["c", "d"]}

@@ -16,8 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
 
 from dgrpo.estimators import ESTIMATORS
+from dgrpo.reliability.manifest import move_earlier_run_aside, resume_checkpoint, write_manifest
 from dgrpo.run.callbacks import MetricsFile, ProgressLine
-from dgrpo.trainers.manifest import move_earlier_run_aside, resume_checkpoint, write_manifest
 
 PROMPTS = ["a b", "c d e f", "g", "h i j", "k l m n o"]
 

@@ -19,13 +19,13 @@ from trl import ModelConfig
 import dgrpo.run
 from dgrpo import DiffuGRPOConfig, MaskedSFTConfig, VRPOConfig
 from dgrpo.cli import one_line_errors
+from dgrpo.reliability import manifest, same_run
+from dgrpo.reliability.manifest import MANIFEST, resume_checkpoint, what_is_wrong
 from dgrpo.run.lock import lock_file, locked
 from dgrpo.run.settings import RecipeConfig, write_config
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.secrets import redacted, without_secrets
 from dgrpo.tasks import gsm8k
-from dgrpo.trainers import manifest, same_run
-from dgrpo.trainers.manifest import MANIFEST, resume_checkpoint, what_is_wrong
 
 ROOT = Path(__file__).parents[1]
 SAVING = {"save_strategy": "steps", "save_steps": 2}

@@ -7,9 +7,9 @@ from stopping import StopAt
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.noise import stream
-from dgrpo.trainers import manifest
+from dgrpo.reliability import manifest
+from dgrpo.reliability.manifest import resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.checks import check_model
-from dgrpo.trainers.manifest import resume_checkpoint, whole_checkpoints
 from dgrpo.trainers.sft import encode, from_s1k
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]

@@ -20,6 +20,8 @@ from trl import ModelConfig, get_peft_config
 from dgrpo.cli import one_line_errors
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of
+from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
+from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
 from dgrpo.run.lock import locked
@@ -30,10 +32,8 @@ from dgrpo.run.validate import validated
 from dgrpo.sampling.rollout import refuse_blocks
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import checked_rewards
-from dgrpo.trainers.same_run import refuse_another_run
 from dgrpo.views import MaskedViews
 
 CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"

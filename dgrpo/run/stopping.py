@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dgrpo.trainers.manifest import whole_checkpoints
+from dgrpo.reliability.manifest import whole_checkpoints
 
 
 class StopOnSignal(TrainerCallback):

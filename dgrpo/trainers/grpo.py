@@ -25,13 +25,13 @@ from dgrpo.logprobs import ViewScores, mean_entropy, score_views
 from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_bit_training
 from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
+from dgrpo.reliability.checkpoints import ExactResume
+from dgrpo.reliability.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.sampling import Rollout
 from dgrpo.sampling.rollout import refuse_blocks
-from dgrpo.trainers.checkpoints import ExactResume
 from dgrpo.trainers.checks import context_length
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
-from dgrpo.trainers.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
 from dgrpo.trainers.rewards import check_columns, check_dataset, checked_rewards
 from dgrpo.trainers.rollouts import DenoisedRollouts, RolloutSource, rollout_metrics

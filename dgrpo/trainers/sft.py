@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from dgrpo.logprobs import scoring_pass
 from dgrpo.noise import stream
+from dgrpo.reliability.checkpoints import WholeCheckpoints
 from dgrpo.secrets import WritesNoSecrets
-from dgrpo.trainers.checkpoints import WholeCheckpoints
 from dgrpo.trainers.checks import check_model, check_rows, context_length, default_to_bf16
 from dgrpo.trainers.ranges import check_ranges
 

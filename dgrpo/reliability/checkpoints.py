@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dgrpo.trainers.manifest import (
+from dgrpo.reliability.manifest import (
     UNFINISHED,
     put_in_place,
     resume_checkpoint,
@@ -20,7 +20,7 @@ from dgrpo.trainers.manifest import (
     whole_checkpoints,
     write_manifest,
 )
-from dgrpo.trainers.same_run import RECORD, frozen_digest, plain, refuse_another_run, rows_digest
+from dgrpo.reliability.same_run import RECORD, frozen_digest, plain, refuse_another_run, rows_digest
 
 
 class WholeCheckpoints:
