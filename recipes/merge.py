@@ -9,7 +9,7 @@ adapters are folded in the order given; two that name the same base are refused.
 import argparse
 
 from dgrpo.cli import one_line_errors
-from dgrpo.models.merge import merge_adapters
+from dgrpo.run.merge import merge_adapters
 
 
 def main() -> None:

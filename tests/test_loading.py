@@ -412,7 +412,7 @@ def test_peak_memory_stays_under_the_weights_and_one_shard(tmp_path, kind):
 _FROM_HUB = """
 import json, sys
 from dgrpo.models import load_model
-from dgrpo.models.merge import merge_adapters
+from dgrpo.run.merge import merge_adapters
 for revision in ("main", "older"):
     model, tokenizer = load_model("tiny/dream", revision=revision)
     print(json.dumps([model.lm_head.weight.float().sum().item(), model.config.auto_map, tokenizer.mask_token_id]))

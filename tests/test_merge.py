@@ -12,7 +12,7 @@ from test_loading import IDS, KINDS, with_adapter
 
 from dgrpo.models import load_model
 from dgrpo.models.families import FAMILIES
-from dgrpo.models.merge import copy_companions, merge_adapters
+from dgrpo.run.merge import copy_companions, merge_adapters
 
 NUM_ADAPTED = dict.fromkeys(KINDS, 14) | {"llada_moe": 8, "llada2": 15}
 
