@@ -16,7 +16,7 @@ $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	touch $@
 
 gsm8k: install
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/gsm8k.py
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/gsm8k.py
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -m "not slow and not distributed"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,15 @@ RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "re
 # From the folder, not from the tasks: `dgrpo --help` should not import them.
 TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not in ("evaluate", "merge")]
 
+# How long the other processes of a machine leave it to the first one to say what is wrong.
+SECONDS_FOR_THE_FIRST = 10.0
+
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user got wrong ends the block, and the process, in one line, printed by one process of each machine.
+
+    A launcher of several processes (`accelerate launch`, torchrun) then adds its own report of which process failed.
 
     Inside, no character that the console's encoding lacks is an error.
     """
@@ -33,14 +39,18 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except (ValueError, FloatingPointError, ImportError, OSError) as error:
         # Ours name the setting and the remedy, so the message is enough; of others one wants to know from where, but
-        # for files and hubs that are not there.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = any(raised_in.is_relative_to(folder) for folder in (_PACKAGE, RECIPES))
-        if not ours and not isinstance(error, OSError):
+        # for packages, files and hubs that are not there.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        ours = any(raised_in.is_relative_to(folder.resolve()) for folder in (_PACKAGE, RECIPES))
+        if not ours and not isinstance(error, OSError | ImportError):
             raise
+        message = " ".join(without_secrets(str(error)).split())
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            message += f": pip install the package that has {error.name.partition('.')[0]!r}."
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            raise SystemExit(1) from None
-        sys.exit(f"dgrpo: {' '.join(without_secrets(str(error)).split())}")
+            # Where the first process has the same error, the launcher ends this one meanwhile.
+            time.sleep(SECONDS_FOR_THE_FIRST)
+        sys.exit(f"dgrpo: {message}")
 
 
 def run_recipe(name: str, words: list[str]) -> None:

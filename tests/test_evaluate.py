@@ -483,7 +483,7 @@ def test_coverage_tells_each_sampler(tiny, rows):
 
 
 def test_an_adapter_that_is_not_there_is_one_sentence():
-    with pytest.raises(ValueError, match="adapter='nowhere': no adapter_config.json there"):
+    with pytest.raises(ValueError, match="adapter='nowhere': no adapter_config.json that can be read"):
         checkpoints([], ["nowhere"], EMBEDDED)
 
 

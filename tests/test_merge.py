@@ -246,3 +246,28 @@ def test_an_adapter_that_is_not_there_is_named_before_a_model_is_loaded(tmp_path
     for act in (lambda: merge_adapters(absent, tmp_path / "out"), lambda: load_model("nowhere", adapter=absent)):
         with pytest.raises(ValueError, match="none': no adapter_config.json"):
             act()
+
+
+def test_links_are_followed_into_the_cache_of_the_hub_and_nowhere_else(tmp_path, caplog):
+    base = published.write_checkpoint(tmp_path / "models--x--y/snapshots/abc", "dream")
+    blobs = tmp_path / "models--x--y/blobs"
+    blobs.mkdir()
+    for name in ("config.json", "vocab.json", "model-00001-of-00003.safetensors"):
+        (base / name).rename(blobs / name)
+        (base / name).symlink_to(f"../../blobs/{name}")
+    (base / "second.json").symlink_to("merges.txt")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private/key.jinja").write_text("secret")
+    (base / "notes.txt").symlink_to(tmp_path / "private/key.jinja")
+    (base / "additional_chat_templates").symlink_to(tmp_path / "private")
+    merged = merge_adapters([], tmp_path / "merged", base=base)
+    assert {path.name for path in base.iterdir()} - {path.name for path in merged.iterdir()} == {
+        "notes.txt",
+        "additional_chat_templates",
+    }
+    assert (merged / "config.json").read_bytes() == (blobs / "config.json").read_bytes()
+    assert not any(path.is_symlink() or b"secret" in path.read_bytes() for path in merged.iterdir())
+    assert "additional_chat_templates, key.jinja, notes.txt point outside the folder" in caplog.text
+    # Named through a link of its own, the folder is the same one; weights are read wherever they lie.
+    (tmp_path / "link").symlink_to(base)
+    assert (merge_adapters([], tmp_path / "again", base=tmp_path / "link") / "second.json").is_file()

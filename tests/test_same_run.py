@@ -16,6 +16,7 @@ from datasets import Dataset
 from trainers import lora, tiny_llada, tiny_trainer
 from trl import ModelConfig
 
+import dgrpo.cli
 import dgrpo.run
 from dgrpo import DiffuGRPOConfig, MaskedSFTConfig, VRPOConfig
 from dgrpo.cli import one_line_errors
@@ -23,6 +24,7 @@ from dgrpo.reliability import manifest, same_run
 from dgrpo.reliability.manifest import MANIFEST, resume_checkpoint, what_is_wrong
 from dgrpo.run.lock import lock_file, locked
 from dgrpo.run.settings import RecipeConfig, write_config
+from dgrpo.run.steps import run_folder
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.secrets import redacted, without_secrets
 from dgrpo.tasks import gsm8k
@@ -289,10 +291,45 @@ def test_no_configuration_writes_a_credential(config_type, tmp_path):
 def test_what_a_user_got_wrong_is_one_line_of_one_process(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^dgrpo: .*nowhere.yaml'"), one_line_errors():
         dgrpo.run.parse_recipe(str(ROOT / "recipes/gsm8k.py"), argv=["--config", "nowhere.yaml"])
+    # Another process speaks only where the first one has not ended the run within that time.
+    waited = []
+    monkeypatch.setattr(dgrpo.cli.time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as ended, one_line_errors():
+    with pytest.raises(SystemExit, match="^dgrpo: .*nowhere.yaml'"), one_line_errors():
         dgrpo.run.parse_recipe(str(ROOT / "recipes/gsm8k.py"), argv=["--config", "nowhere.yaml"])
-    assert ended.value.code == 1
+    assert waited == [dgrpo.cli.SECONDS_FOR_THE_FIRST]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import tea_pot", "dgrpo: No module named 'tea_pot': pip install the package that has 'tea_pot'."),
+        ("open('nowhere.txt')", "dgrpo: [Errno 2] No such file or directory: 'nowhere.txt'"),
+    ],
+)
+def test_missing_packages_and_files_are_one_line(code, message):
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        exec(code)
+    assert ended.value.code == message
+
+
+def test_a_recipe_that_is_run_by_its_relative_path_has_one_line_errors(monkeypatch):
+    """Code of a file that was started as `python recipes/evaluate.py` knows itself by this relative path."""
+    monkeypatch.chdir(ROOT)
+    code = compile("raise ValueError('device=1: wrong')", "recipes/evaluate.py", "exec")
+    with pytest.raises(SystemExit, match="^dgrpo: device=1: wrong"), one_line_errors():
+        exec(code)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml"])
+def test_a_full_disk_is_told_with_its_remedy(tmp_path, name):
+    args = DiffuGRPOConfig(output_dir=str(tmp_path / "run"), per_device_train_batch_size=6, use_cpu=True)
+    full = OSError(28, "No space left on device", name)
+    message = f"output_dir=.*run' cannot be written: .*No space left.*'{name}'. Make room .*no checkpoint yet"
+    with pytest.raises(OSError, match=message), run_folder(args, RecipeConfig(), ModelConfig()):
+        raise full
+    with pytest.raises(OSError, match=r"^\[Errno 5\]"), run_folder(args, RecipeConfig(), ModelConfig()):
+        raise OSError(5, "Input/output error", "/somewhere/else")
 
 
 def test_no_character_ends_a_run():

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig
 
 from dgrpo.evaluation.answers import Answer, Evaluation, answer_rows, as_in_training
 from dgrpo.evaluation.d1 import D1
@@ -17,6 +16,7 @@ from dgrpo.evaluation.results import Result
 from dgrpo.evaluation.samples import by_problem, check_selection, pass_scores, powers_up_to, selection_scores
 from dgrpo.evaluation.stored import grade
 from dgrpo.models import load_model
+from dgrpo.models.loading import adapter_settings
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import Task
 
@@ -54,13 +54,7 @@ def checkpoints(models: Sequence[str], adapters: Sequence[str], embedded: Path) 
 
 def _base_of(adapter: str, embedded: Path) -> str:
     """The model that an adapter was trained on; the embedded one is known by its folder, wherever it was installed."""
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"adapter={adapter!r}: no adapter_config.json there. Give the folder of a trained adapter, or its name on "
-            "the hub."
-        ) from error
+    base = adapter_settings(adapter).base_model_name_or_path
     return str(embedded) if not base or Path(base).parts[-3:] == embedded.parts[-3:] else base
 
 

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from dgrpo.models.converted import add_mask_token
 from dgrpo.models.families import FAMILIES, REFUSED, Family
+from dgrpo.models.files import reading
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ def read_config(name_or_path: str, revision: str | None = None) -> dict:
             f"model_name_or_path={name_or_path!r} is an adapter without its base model: pass the base model's "
             "name, and this folder as `adapter`."
         )
-    raw, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    with reading("model_name_or_path", name_or_path, "configuration"):
+        raw, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+        if not isinstance(raw, dict) or not raw:
+            raise TypeError("no JSON object of settings")
     if not Path(name_or_path).is_dir() and raw.get("auto_map"):
         raw["auto_map"] = {
             key: code if "--" in code else f"{name_or_path}--{code}" for key, code in raw["auto_map"].items()
@@ -149,12 +153,13 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer with padding on the left, and pad token and chat template in place."""
     # Tokenizers that are remote code are read by the class of the library that they were copied from.
-    remote = "AutoTokenizer" in (get_tokenizer_config(name_or_path, revision=revision).get("auto_map") or {})
-    reader: Any = AutoTokenizer
-    settings = {"config": config, "trust_remote_code": False}
-    if remote and family.tokenizer_class is not None:
-        reader, settings = family.tokenizer_class, {}
-    tokenizer = reader.from_pretrained(name_or_path, revision=revision, **settings)
+    with reading("model_name_or_path", name_or_path, "tokenizer"):
+        remote = "AutoTokenizer" in (get_tokenizer_config(name_or_path, revision=revision).get("auto_map") or {})
+        reader: Any = AutoTokenizer
+        settings = {"config": config, "trust_remote_code": False}
+        if remote and family.tokenizer_class is not None:
+            reader, settings = family.tokenizer_class, {}
+        tokenizer = reader.from_pretrained(name_or_path, revision=revision, **settings)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -217,17 +222,20 @@ def adapter_settings(adapter: str | Path) -> PeftConfig:
     """The adapter's own configuration, which names its base model; ValueError where there is no adapter."""
     try:
         return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever PEFT makes of a file that is none
         raise ValueError(
-            f"adapter={str(adapter)!r}: no adapter_config.json, neither in a folder of this name nor on the hub."
+            f"adapter={str(adapter)!r}: no adapter_config.json that can be read, neither in a folder of this name nor "
+            "on the hub. Give the folder of a trained adapter."
         ) from error
 
 
 def put_adapter(model: PreTrainedModel, adapter: str, *, is_trainable: bool = True) -> PeftModel:
     """The model with a saved PEFT adapter on top; ValueError where their names do not match one to one."""
-    wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    with safe_open(cached_file(adapter, "adapter_model.safetensors"), "pt") as stored:
-        given = set(stored.keys())
+    with reading("adapter", adapter, "adapter"):
+        # The file first: PEFT would look for one that is not there on the hub, or read a pickle.
+        with safe_open(cached_file(adapter, "adapter_model.safetensors"), "pt") as stored:
+            given = set(stored.keys())
+        wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     if given != expected:
         raise ValueError(
@@ -281,17 +289,18 @@ def load_model(
     if convert is None:
         set_mask_token(tokenizer, family, config, read_config(name_or_path, revision).get("mask_token_id"))
     network: Any = family.model_class
-    model, report = network.from_pretrained(
-        name_or_path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device_map=device_map,
-        quantization_config=quantization_config,
-        revision=revision,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with reading("model_name_or_path", name_or_path, "weights"):
+        model, report = network.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     if problems := {kind: sorted(keys) for kind in ("missing_keys", "unexpected_keys") if (keys := report[kind])}:
         raise ValueError(
             f"model_name_or_path={name_or_path!r}: weights do not match the {family.name} network: {problems}."

@@ -5,6 +5,7 @@ adapted weights differ. Adapters trained on 4-bit weights are folded into the fu
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dgrpo.models.files import reading
 from dgrpo.models.loading import adapter_settings, load_model, put_adapter
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INDEX = "model.safetensors.index.json"
@@ -35,6 +39,9 @@ def merge_adapters(
     adapters: folders or hub names. Several of them: each was trained on the base with those before it folded in; an
     adapter that another one *went on from* is part of that one already. None of them: a copy of the base, equal in
     every bit. base: the model that the first adapter names, unless given.
+
+    Links in the base's folder are followed within it and into the Hugging Face cache's `blobs`. Other companion files
+    that are links are not copied, with a warning: they may point at anything. Weights are read wherever they lie.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if base is None:
@@ -43,8 +50,9 @@ def merge_adapters(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output_dir={str(output)!r} is not an empty folder; choose another.")
     source = _local_folder(str(base), revision)
-    shards = _shards(source)
-    stored = set().union(*(_stored_dtypes(source / shard) for shard in shards))
+    with reading("base", base, "weights"):
+        shards = _shards(source)
+        stored = set().union(*(_stored_dtypes(source / shard) for shard in shards))
     if quantized := sorted(stored - set(_DTYPES)):
         raise ValueError(f"base={str(base)!r} is stored as {', '.join(quantized)}: name the full-precision weights.")
     # Weights of mixed precision go through float32 and come back unchanged.
@@ -93,16 +101,29 @@ def _refuse_untied(model, base: str) -> None:
 def copy_companions(source: str | Path, output_dir: str | Path) -> None:
     """What a checkpoint's folder holds besides weights and their index: config.json, tokenizer, remote code.
 
-    Files that `output_dir` already has stay as they are. For weights that were trained in full and saved elsewhere.
+    Files that `output_dir` already has stay as they are, and what a link outside the folder points at is not copied.
+    For weights that were trained in full and saved elsewhere.
     """
-    for path in sorted(Path(source).iterdir()):
-        target = Path(output_dir, path.name)
+    source = Path(source).resolve()
+    # A snapshot of the hub's cache consists of links to ../../blobs.
+    allowed = [source, *([source.parents[1] / "blobs"] if source.parent.name == "snapshots" else [])]
+    outside = []
+    for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]):
+        target = Path(output_dir, path.relative_to(source))
         if path.name.startswith((".", "adapter_")) or path.name.endswith(_NOT_COPIED) or target.exists():
             continue
-        if path.is_file():
+        if not any(path.resolve().is_relative_to(folder) for folder in allowed):
+            outside.append(path.name)
+        elif path.is_file():
+            target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        elif path.name == "additional_chat_templates":
-            shutil.copytree(path, target)
+    if outside:
+        _log.warning(
+            "base=%r: %s point outside the folder and were not copied; put the files themselves there if they belong "
+            "to the model.",
+            str(source),
+            ", ".join(outside),
+        )
 
 
 def _local_folder(name_or_path: str, revision: str | None) -> Path:

@@ -1,6 +1,7 @@
 """The steps of a run: build the trainer from the settings, train, evaluate, write what came out."""
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from trl import ModelConfig, get_peft_config
 from dgrpo.cli import one_line_errors
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of
-from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint
+from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
@@ -146,15 +147,35 @@ def build(
 
 
 @contextlib.contextmanager
+def _told_where(output_dir: str | Path) -> Iterator[None]:
+    """Adds to an error of writing what to do; checkpoints, whose errors have no errno, tell it themselves."""
+    try:
+        yield
+    except OSError as error:
+        place = str(Path(output_dir).absolute())
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if error.errno is None or not (full or str(Path(str(error.filename)).absolute()).startswith(place)):
+            raise
+        whole = whole_checkpoints(output_dir) if Path(output_dir).is_dir() else []
+        rest = f"resume from {whole[-1]} with --resume true" if whole else "start again; it has no checkpoint yet"
+        raise OSError(
+            f"output_dir={str(output_dir)!r} cannot be written: {error}. Make room or choose a folder that can be "
+            f"written, and {rest}."
+        ) from error
+
+
+@contextlib.contextmanager
 def run_folder(args: TrainingArguments, recipe: Any, model_config: ModelConfig) -> Iterator[str | None]:
     """The run's folder, held against other runs, and the checkpoint to resume from; before a model is loaded.
 
     Raises:
         ValueError: another run writes there, an earlier one's checkpoints are there, none of them is whole, or they
             were made with other settings.
+        OSError: something in the folder could not be written, as on a full disk; with the remedy.
     """
     model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
-    with locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext():
+    main = PartialState().is_main_process
+    with _told_where(args.output_dir), locked(args.output_dir) if main else contextlib.nullcontext():
         checkpoint = resume_checkpoint(args.output_dir, recipe.resume)
         if checkpoint:
             now = {"trainer": args.to_dict(), "num_processes": PartialState().num_processes}
