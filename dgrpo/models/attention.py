@@ -48,13 +48,14 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask in the form that transformers' attention functions take; None where everybody sees everybody.
 
-    None leaves the choice of the fastest kernel to them. Build it once per forward pass, not in each layer.
+    None leaves the choice of the fastest kernel to them. Build it once per forward pass: each layer would make this mask
+    of trues and falses again.
 
     Args:
         padding: [B, K], True (or 1) for tokens and False for padding; None without padding.
         visible: [B or 1, Q, K] bool, who sees whom apart from padding; None where all queries see all keys.
-        implementation: "sdpa" (a bool mask [B or 1, 1, Q or 1, K]), "eager" (the same, to be added to the scores), or
-            flash attention (`padding` as it is).
+        implementation: "sdpa" or "eager" (a mask [B or 1, 1, Q or 1, K] to be added to the scores), or flash attention
+            (`padding` as it is).
         dtype: of the scores.
 
     Raises:
@@ -77,8 +78,6 @@ def attention_mask(
         # A pad may see no token at all. Nobody reads its output, but over no key it would not be a number.
         mask = (mask | ~mask.any(-1, keepdim=True))[:, None]
     assert mask is not None
-    if implementation != "eager":
-        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 

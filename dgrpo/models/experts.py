@@ -34,8 +34,10 @@ def through_experts(experts: nn.ModuleList, tokens: Tensor, chosen: Tensor, weig
     """
     num_chosen = chosen.shape[1]
     # (token, choice) pairs in the order of their experts.
-    pairs = chosen.flatten().argsort(stable=True)
-    counts = chosen.flatten().bincount(minlength=len(experts))
+    expert = chosen.flatten()
+    pairs = expert.argsort(stable=True)
+    # bincount would wait for a GPU.
+    counts = expert.new_zeros(len(experts)).scatter_add_(0, expert, torch.ones_like(expert))
     x = tokens[pairs // num_chosen]
     answers = grouped(experts, x, counts) if can_group(experts, x) else _one_by_one(experts, x, counts)
     answers = answers[pairs.argsort()].unflatten(0, chosen.shape)

@@ -1,5 +1,6 @@
 """What one round of sampling produced, and how."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,15 +58,17 @@ class Rollout:
 
     def rows(self, index: list[int]) -> "Rollout":
         """The chosen rows, without padding that all of them share."""
-        picked: dict[str, Any] = {
-            field.name: value[index]
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        width = int(picked["prompt_mask"].sum(1).max())
-        for name in ("prompt_ids", "prompt_mask"):
-            picked[name] = picked[name][:, picked[name].shape[1] - width :]
-        return replace(self, **picked)
+        picked = self._each(lambda value: value[index])
+        skip = picked.prompt_mask.shape[1] - int(picked.prompt_mask.sum(1).max())
+        return replace(picked, prompt_ids=picked.prompt_ids[:, skip:], prompt_mask=picked.prompt_mask[:, skip:])
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on another device."""
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def _written_once(completion_ids: Tensor, revealed_at: Tensor, num_steps: int) -> Tensor:

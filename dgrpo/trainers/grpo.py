@@ -262,14 +262,16 @@ class DiffuGRPOTrainer(GRPOTrainer):
         if mode == "train" and self.sampler_config.approximate and compare and every and self._round % every == 0:
             first = slice(None, None, num_generations)
             self._log({"rollout/agreement": compare(padded[first], mask[first], self.sampler_config, keys[first])})
-        unit = rollout.group if self.args.whole_groups else rows
-        key = ("views", mode, self.args.seed, self._round)
-        hidden, weights = draw_views(self.estimator, rollout, unit, key, self.num_iterations if mode == "train" else 1)
+        # Views are drawn group by group: on a GPU each would be many small copies and waits.
+        host, key = rollout.to("cpu"), ("views", mode, self.args.seed, self._round)
+        unit = host.group if self.args.whole_groups else rows.cpu()
+        hidden, weights = draw_views(self.estimator, host, unit, key, self.num_iterations if mode == "train" else 1)
         self._log(rollout_metrics(rollout, seconds, self.args.rollout_batch_size, self.accelerator))
-        completions, kept = rollout.completion_ids.cpu(), rollout.completion_mask.cpu()
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [row[keep].tolist() for row, keep in zip(completions, kept, strict=True)],
+            "completion_ids": [
+                row[keep].tolist() for row, keep in zip(host.completion_ids, host.completion_mask, strict=True)
+            ],
             "logprobs": None,
             "sampled": _Sampled(rollout, hidden.to(device), weights.to(device)),
         }
