@@ -48,8 +48,8 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask in the form that transformers' attention functions take; None where everybody sees everybody.
 
-    None leaves the choice of the fastest kernel to them. Build it once per forward pass: each layer would make this mask
-    of trues and falses again.
+    None leaves the choice of the fastest kernel to them. Build it once per forward pass: a bool mask would become this
+    one again in each layer.
 
     Args:
         padding: [B, K], True (or 1) for tokens and False for padding; None without padding.

@@ -145,7 +145,7 @@ class Denoiser:
         logits = self.network.logits(self.ids, self.visible, at, slice(begin, begin + config.block_length))
         logits = logits.flatten(0, 1)
         if config.logits_eos_inf:
-            logits[:, self.end_ids[0]] = NEVER
+            logits.index_fill_(1, self.end_ids[:1], NEVER)
         noise = uniform(self.keys, number, columns).flatten() if config.temperature > 0 else None
         drawn = draw(logits, noise, config, self.mask_token_id, self.num_words)
         tokens, probs, entropy, order = (value.view(columns.shape) for value in drawn)
