@@ -59,7 +59,7 @@ def asks(prompts, completions, answer, **columns):
         ({"own_model": tiny_llada().bfloat16()}, "where most updates round to nothing.*dtype=float32"),
         ({"own_model": tiny_llada().requires_grad_(False)}, "no parameter has requires_grad=True"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )  # fmt: skip
 def test_what_cannot_train_is_refused_in_one_line(trainer, arguments, message):
     with pytest.raises(ValueError, match=message) as error:

@@ -35,6 +35,7 @@ from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.plugins import resolve_reward
 from dgrpo.trainers.rewards import checked_rewards
+from dgrpo.trainers.rollouts import RolloutSource
 from dgrpo.views import MaskedViews
 
 CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"
@@ -109,6 +110,7 @@ def build(
     args: DiffuGRPOConfig,
     model_config: ModelConfig,
     estimator: Callable[..., MaskedViews] | None = None,
+    rollout_source: RolloutSource | None = None,
 ) -> tuple[DiffuGRPOTrainer, Dataset]:
     """The trainer of a run and its held-out rows. Whatever can be refused is, before a model is loaded.
 
@@ -118,6 +120,7 @@ def build(
         args: the trainer's settings.
         model_config: the model and its adapter.
         estimator: a callable in place of the one that `args.estimator` names.
+        rollout_source: where completions come from, if not from the policy on the process that trains it.
     """
     train_rows, held_out = load_rows(
         task,
@@ -142,6 +145,7 @@ def build(
         train_dataset=train_rows,
         reward_funcs=rewards,
         estimator=estimator,
+        rollout_source=rollout_source,
     )
     return trainer, held_out
 
@@ -256,15 +260,15 @@ def train(
     return summary
 
 
-def run_task(task: Task, recipe_file: str) -> dict:
+def run_task(task: Task, recipe_file: str, rollout_source: RolloutSource | None = None) -> dict:
     """A recipe, from its settings to its results: the summary."""
     recipe, args, model_config = parse_recipe(recipe_file)
     with run_folder(args, recipe, model_config) as checkpoint:
-        trainer, held_out = build(task, recipe, args, model_config)
+        trainer, held_out = build(task, recipe, args, model_config, rollout_source=rollout_source)
         return train(trainer, task, held_out, recipe, model_config, checkpoint)
 
 
-def main(task: Task, recipe_file: str) -> None:
+def main(task: Task, recipe_file: str, rollout_source: RolloutSource | None = None) -> None:
     """`run_task` as a program: what a user got wrong is told in one line."""
     with one_line_errors():
-        run_task(task, recipe_file)
+        run_task(task, recipe_file, rollout_source)
