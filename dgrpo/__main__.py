@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dgrpo import __version__
 from dgrpo.cli import RECIPES, TRAINABLE, one_line_errors, run_recipe
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
@@ -26,18 +27,8 @@ TRAIN_HELP = """Trains on a task: the file of the same name among the recipes, w
   dgrpo train gsm8k --resume true                           goes on from the last checkpoint in --output_dir
 """
 
-SETTINGS_HELP = """Every setting of the YAML can be given. Those that are changed most:
-  --model_name_or_path    hub name or folder; 'embedded'
-  --dataset               hub name, local .jsonl, .json, .csv or .parquet file; 'embedded'
-  --reward_funcs, --reward_weights    what is paid for, and how much
-  --output_dir            where adapter, metrics, completions and report go
-  --max_steps             updates
-  --learning_rate, --num_iterations, --beta, --epsilon    how far an update may go
-  --num_generations, --temperature    completions of each prompt, and how varied they are
-  --max_completion_length, --block_length, --diffusion_steps    the canvas and how it is denoised
-  --per_device_train_batch_size       completions of a micro-batch, a multiple of --num_generations
-  --seed
-`dgrpo train TASK --help` lists all of them; docs/settings.md says which ones matter.
+SETTINGS_HELP = """`dgrpo train TASK --help` shows the settings that are changed most, --help-all all of them;
+docs/settings.md says which ones matter.
 """
 
 
@@ -89,10 +80,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Writes the page and the curves of a run again."""
+    """Writes the page of a run again; on request its curves as an image, which takes seconds to import and draw."""
     from dgrpo.report.data import write_curves, write_report
 
-    print(write_report(arguments.folder), write_curves(arguments.folder))
+    print(write_report(arguments.folder))
+    if arguments.png:
+        print(write_curves(arguments.folder))
 
 
 def check_rows(arguments: argparse.Namespace) -> None:
@@ -115,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of everything that is not read by a recipe itself."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("dgrpo", allow_abbrev=False, description=__doc__, formatter_class=plain)
+    parser.add_argument("--version", action="version", version=f"dgrpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     training = commands.add_parser(
@@ -165,8 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     comparing.set_defaults(run=compare)
 
-    reporting = commands.add_parser("report", help="write report.html and curves.png of a run again")
+    reporting = commands.add_parser("report", help="write report.html of a run again")
     reporting.add_argument("folder", type=Path, help="the run's folder, also of one that still trains")
+    reporting.add_argument("--png", action="store_true", help="write curves.png too")
     reporting.set_defaults(run=report)
 
     commands.add_parser("merge", help="fold trained adapters into their base model", add_help=False)

@@ -1,6 +1,7 @@
 """The command line: what each command runs, how it explains itself, and that it works from a wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,11 @@ def ran(monkeypatch):
 
 @pytest.mark.parametrize("task", [*TASKS, "sft", "vrpo"])
 def test_train_runs_the_recipe_of_the_task_with_the_words_that_follow(ran, task):
-    main(["train", task, "--max_steps", "1", "--help"])
+    main(["train", task, "--max_steps", "1"])
     ((file, words, name),) = ran
     assert file == ROOT / "recipes" / f"{task}.py"
     assert file.is_file()
-    assert (words, name) == (["--max_steps", "1", "--help"], "__main__")
+    assert (words, name) == (["--max_steps", "1"], "__main__")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "merge"])
@@ -93,7 +94,7 @@ def test_help_names_every_command_task_and_way_in(capsys):
         shown[" ".join(words)] = capsys.readouterr().out
     for command in ("train", "evaluate", "watch", "compare", "report", "merge", "recipes"):
         assert f"    {command} " in shown[""]
-    for word in (*TASKS, "--dataset", "--reward_funcs", "--preset", "--resume", "--max_steps"):
+    for word in (*TASKS, "--dataset", "--reward_funcs", "--preset", "--resume", "--help-all"):
         assert word in shown["train"]
     assert all(len(line) <= 119 for text in shown.values() for line in text.splitlines())
     with pytest.raises(SystemExit):
@@ -101,18 +102,54 @@ def test_help_names_every_command_task_and_way_in(capsys):
     assert "gsm8k" in capsys.readouterr().err
 
 
-def test_the_settings_that_the_help_names_exist():
-    import re
+def shown(capsys, *words: str) -> str:
+    main(list(words))
+    return capsys.readouterr().out
 
-    from trl import ModelConfig, TrlParser
 
-    from dgrpo import DiffuGRPOConfig
-    from dgrpo.__main__ import SETTINGS_HELP, TRAIN_HELP
-    from dgrpo.run.settings import RecipeConfig
+@pytest.mark.parametrize("recipe", ["gsm8k", "sft", "vrpo"])
+def test_the_help_of_training_is_short_and_the_rest_is_in_help_all(capsys, recipe):
+    from dgrpo.trainers.config import _REFUSED
 
-    known = {action.dest for action in TrlParser((RecipeConfig, DiffuGRPOConfig, ModelConfig))._actions}
-    named = set(re.findall(r"--(\w+)", SETTINGS_HELP + TRAIN_HELP)) - {"config", "preset", "help"}
-    assert named <= known
+    short, long = shown(capsys, "train", recipe, "--help"), shown(capsys, "train", recipe, "--seed", "1", "--help-all")
+    assert len(short.splitlines()) <= 60
+    assert max(map(len, (short + long).splitlines())) <= 119
+    for word in ("--config", "--preset", "--output_dir", "--resume", "--dataset", "--learning_rate"):
+        assert f"{word} " in short
+    named = re.findall(r"^  --(\w+)", short, re.MULTILINE)
+    listed = re.findall(r"^  --(\w+)", long, re.MULTILINE)
+    assert set(named) <= set(listed) | {"preset"}
+    assert len(listed) > 100
+    assert not {name for name in listed if name.startswith("vllm") or (recipe == "gsm8k" and name in _REFUSED)}
+
+
+def test_a_recipe_that_is_run_as_a_file_has_the_same_help(capsys):
+    from dgrpo.run import parse_recipe
+
+    with pytest.raises(SystemExit) as ended:
+        parse_recipe(str(ROOT / "recipes/gsm8k.py"), argv=["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == shown(capsys, "train", "gsm8k", "--help")
+
+
+def test_version(capsys):
+    import dgrpo
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"dgrpo {dgrpo.__version__}\n"
+
+
+def test_help_and_reference_pages_are_those_of_the_code():
+    from dgrpo.run.reference import generated
+
+    stale = [str(path.relative_to(ROOT)) for path, text in generated().items() if path.read_text() != text]
+    assert not stale, "python -m dgrpo.run.reference"
+
+
+def test_the_files_that_the_help_names_are_found():
+    from dgrpo.__main__ import TRAIN_HELP
+
     for option, value in re.findall(r"(--config|--preset) (\w+)", TRAIN_HELP):
         assert Path(cli.found_file(option, value)).is_file()
 
@@ -175,13 +212,17 @@ def test_it_trains_from_a_wheel_in_another_folder(tmp_path):
     assert printed.stdout.strip() == str(target / "dgrpo/recipes"), printed.stderr
 
 
-def test_help_and_the_package_itself_import_nothing_heavy():
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["train", "--help"], ["train", "gsm8k", "--help"], ["report", "RUN"]]
+)
+def test_what_answers_at_once_imports_nothing_heavy(tmp_path, words):
+    words = [str(tmp_path) if word == "RUN" else word for word in words]
     code = (
         "import sys, contextlib, io\n"
         "from dgrpo.__main__ import main\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "    main(['train', '--help'])\n"
-        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'pandas'} & set(sys.modules)))"
+        f"    main({words})\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"

@@ -95,8 +95,8 @@ def named_files(page: str) -> dict[str, str]:
 def help_of(recipe: str) -> str:
     shown = io.StringIO()
     kept = mock.patch.multiple(sys, argv=[], path=[*sys.path])
-    with kept, contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        run_recipe(recipe, ["--help"])
+    with kept, contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        run_recipe(recipe, ["--help-all" if recipe in TRAINABLE else "--help"])
     return shown.getvalue() + " --config --preset "
 
 

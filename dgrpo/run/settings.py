@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
+from dgrpo.cli import print_help
 from dgrpo.secrets import redacted
 from dgrpo.tasks import EMBEDDED
 from dgrpo.trainers import DiffuGRPOConfig
@@ -74,6 +75,8 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
         ValueError: a file cannot be read, a setting is unknown or of the wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if print_help(Path(recipe).stem, argv):
+        raise SystemExit(0)
     config, preset = _option(argv, "--config"), _option(argv, "--preset")
     above = read_yaml(preset) if preset else {}
     model = _option(list(argv), "--model_name_or_path") or above.get("model_name_or_path", EMBEDDED)
@@ -98,7 +101,7 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
     parser.set_defaults_with_config(**settings)
     *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if rest:
-        raise ValueError(f"unknown arguments {rest}. `--help` lists the settings.")
+        raise ValueError(f"unknown arguments {rest}. `--help-all` lists the settings.")
     if checkpoint := next((c.resume_from_checkpoint for c in configs if hasattr(c, "resume_from_checkpoint")), None):
         raise ValueError(
             f"resume_from_checkpoint={checkpoint!r} is not read; --resume true resumes from the newest whole "
@@ -110,7 +113,7 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
 def _refuse(message: str) -> NoReturn:
     # argparse says `argument --learning_rate/--learning-rate: ...`.
     message = re.sub(r"^argument --(\w+)(/--[\w-]+)*", r"\1", message.rstrip("."))
-    raise ValueError(f"{message}. `--help` lists the settings.")
+    raise ValueError(f"{message}. `--help-all` lists the settings.")
 
 
 def read_yaml(file: str) -> dict[str, Any]:
