@@ -84,7 +84,7 @@ def mend_math_verify() -> None:
 
 def answer_requests() -> None:
     """Answer requests until the input ends; the clock runs only while one is being worked on."""
-    while line := sys.stdin.buffer.raw.readline():  # type: ignore[attr-defined]
+    while line := sys.stdin.buffer.raw.readline():  # type: ignore[union-attr]  # there below the buffer
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request.get("seconds", CPU_SECONDS))
         try:

@@ -181,7 +181,7 @@ def add(a, b):
 
 
 def test_hostile_programs_score_zero(monkeypatch):
-    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=30.0, cpu_seconds=1))
     got = scores(HOSTILE.values(), TESTS)
     assert dict(zip(HOSTILE, got, strict=True)) == dict.fromkeys(HOSTILE, 0.0)
 
@@ -343,8 +343,8 @@ def test_approx():
     assert same([0.1 + 0.2, 1]) == pytest.approx([0.3, 1.0]) and same({"a": 0.3}) == pytest.approx({"a": 0.1 + 0.2})
     assert same(0.31) != pytest.approx(0.3)
 """
-    setup, *steps = rewards_programs.split_tests([tests])
-    alone = {step.source: rewards_programs.share_passed(program, [setup, step], sandbox.Limits()) for step in steps}
+    setup, *steps = rewards_programs.runnable((tests,))
+    alone = {step: rewards_programs.share_passed(program, (setup, step), sandbox.Limits()) for step in steps}
     assert alone == dict.fromkeys(alone, 1.0)
     assert len(alone) == tests.count("def test_")
 
@@ -365,7 +365,7 @@ def test_a_name_of_the_tests_is_never_the_programs():
 
 
 def test_tests_before_a_limit_count(monkeypatch):
-    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(wall_seconds=30.0, cpu_seconds=1))
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=30.0, cpu_seconds=1))
     program = "def add(a, b):\n    while a > 5: pass\n    return a + b"
     assert score(program, TESTS) == 0.5
 

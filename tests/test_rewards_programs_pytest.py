@@ -69,8 +69,8 @@ def test_fail():
 
 def test_parametrized_tests():
     wrong_at_two, ignores_five = "def add(a, b): return a + b + (a == 2)", "def add(a, b): return a + b * (b != 5)"
-    assert scores([ADD, wrong_at_two, ignores_five], CASES) == [1.0, 10 / 11, 8 / 11]
-    assert scores(["def add(a, b):\n    try: return a + b\n    except TypeError: pass"], CASES) == [8 / 11]
+    assert scores([ADD, wrong_at_two, ignores_five], CASES) == [1.0, 13 / 14, 11 / 14]
+    assert scores(["def add(a, b):\n    try: return a + b\n    except TypeError: pass"], CASES) == [11 / 14]
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,13 @@ import pathlib
 import sys
 import types
 import uuid
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
 MUTABLE = (list, dict, set, bytearray, collections.deque)
-BY_TEXT = {
+BY_TEXT: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any] | None]] = {
     "Decimal": (decimal.Decimal, str, decimal.Decimal),
     "Fraction": (fractions.Fraction, str, fractions.Fraction),
     "datetime": (datetime.datetime, datetime.datetime.isoformat, datetime.datetime.fromisoformat),
@@ -47,41 +49,10 @@ BY_TEXT = {
 PLAIN = (str, bytes, bytearray, int, float, complex, *CONTAINERS.values(), dict)
 
 # What a Remote forwards, under the name of the special method (__len__) and of its operation here.
-CONVERSIONS = [
-    "len",
-    "iter",
-    "next",
-    "reversed",
-    "bool",
-    "str",
-    "repr",
-    "hash",
-    "int",
-    "float",
-    "complex",
-    "format",
-    "round",
-    "abs",
-]
-UNARY = ["index", "getitem", "setitem", "delitem", "neg", "pos", "invert"]
-BINARY = [
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-]
-OPERATIONS = {
+CONVERSIONS = "len iter next reversed bool str repr hash int float complex format round abs".split()  # noqa: SIM905
+UNARY = "index getitem setitem delitem neg pos invert".split()  # noqa: SIM905
+BINARY = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()  # noqa: SIM905
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
     "enter": lambda target: target.__enter__(),
     "exit": lambda target, *error: target.__exit__(*error),
@@ -96,12 +67,12 @@ ALLOWED_TO_PROGRAM = ("call", "iter", "next")
 ATTRIBUTES_OF_FUNCTIONS = ("__name__", "__qualname__", "__doc__", "__module__")
 
 
-def plain_part(value):
+def plain_part(value: Any) -> Any:
     """What an object of a derived class holds as its built-in class; None where it has none."""
     return next((kind(value) for kind in PLAIN if isinstance(value, kind)), None)
 
 
-def stays(value):
+def stays(value: Any) -> bool:
     """Whether an object of a derived class has methods of its own, for which it must stay where it is."""
     kind = type(value)
     own = kind.__module__ == "solution" and not hasattr(kind, "_fields")
@@ -111,17 +82,19 @@ def stays(value):
 class Peer:
     """One end of the connection: sends requests, and answers those that arrive while it waits."""
 
-    def __init__(self, read_fd, write_fd, judges):
+    def __init__(self, read_fd: int, write_fd: int, judges: bool) -> None:
         self.input, self.output = os.fdopen(read_fd, "rb"), os.fdopen(write_fd, "wb")
         self.judges = judges  # the tests' end, which must not be led astray
-        self.objects, self.numbers, self.remotes = [], {}, {}
-        self.exceptions = {}
+        self.objects: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.remotes: dict[int, Remote] = {}
+        self.exceptions: dict[str, type[BaseException]] = {}
 
-    def gone(self):
+    def gone(self) -> NoReturn:
         """The other end is silent or breaks the protocol: stop at once, before a test can catch it."""
         os._exit(0)
 
-    def send(self, **message):
+    def send(self, **message: Any) -> None:
         data = json.dumps(message).encode()
         try:
             self.output.write(len(data).to_bytes(8, "big") + data)
@@ -129,7 +102,7 @@ class Peer:
         except OSError:
             self.gone()
 
-    def receive(self):
+    def receive(self) -> dict[str, Any]:
         try:
             size = int.from_bytes(self.input.read(8), "big")
             if not 0 < size <= MAX_MESSAGE_BYTES:
@@ -141,7 +114,7 @@ class Peer:
             self.gone()
         return message
 
-    def encode(self, value):
+    def encode(self, value: Any) -> Any:
         """A plain value as JSON; for another object, its number on the side that holds it."""
         kind = type(value)
         if value is None or kind in (bool, str, float) or kind is int and abs(value) < 2**63:
@@ -162,14 +135,15 @@ class Peer:
             return self.encode(held)
         if isinstance(value, BaseException) and "_remote" in vars(value):
             return self.encode(vars(value)["_remote"])
-        if self.judges and getattr(builtins, getattr(value, "__name__", ""), None) is value:
-            return {"builtin": value.__name__}
+        name = getattr(value, "__name__", "")
+        if self.judges and type(name) is str and getattr(builtins, name, None) is value:
+            return {"builtin": name}
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.objects)
             self.objects.append(value)
         return {"mine": self.numbers[id(value)]}
 
-    def decode(self, data):
+    def decode(self, data: Any) -> Any:
         """The value of `encode`'s JSON on this side; some error where the data is not of that form."""
         if not isinstance(data, dict):
             return data
@@ -190,7 +164,7 @@ class Peer:
         kind, _, from_text = BY_TEXT[name]
         return from_text(value) if from_text else kind(*value)
 
-    def ask(self, operation, target, /, *args, **kwargs):
+    def ask(self, operation: str, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Have the other end do an operation, answering its requests meanwhile; its result, or its exception."""
         self.send(
             do=operation,
@@ -218,7 +192,7 @@ class Peer:
             error = RuntimeError("the program raised StopIteration")
         raise error
 
-    def answer(self, request):
+    def answer(self, request: dict[str, Any]) -> None:
         """Do what the other end asked for, and send the result, the exception and the containers that it changed."""
         try:
             operation, target = request["do"], self.decode(request["on"])
@@ -232,7 +206,7 @@ class Peer:
             after = [self.encode(value) if type(value) in MUTABLE else None for value in given]
             changed = [(i, now) for i, now in enumerate(after) if now is not None and now != before[i]]
             same = [i for i, value in enumerate(given) if value is result and type(value) in MUTABLE]
-            reply = {"given": same[0]} if same else {"result": self.encode(result)}
+            reply: dict[str, Any] = {"given": same[0]} if same else {"result": self.encode(result)}
             reply["changed"] = changed
         except BaseException as error:  # noqa: BLE001 - SystemExit too belongs to whoever called
             reply = {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)}
@@ -241,7 +215,7 @@ class Peer:
                 reply["error"] = self.encode(error)
         self.send(**reply)
 
-    def exception(self, names, text, args):
+    def exception(self, names: list[str], text: str, args: list[Any]) -> BaseException:
         """An exception of the first of these classes that is known here."""
         for name in names:
             kind = self.exceptions.get(name) or getattr(builtins, name, None)
@@ -253,7 +227,7 @@ class Peer:
         return Exception(text)
 
 
-def is_allowed(operation, target, args):
+def is_allowed(operation: str, target: Any, args: list[Any]) -> bool:
     """Whether the tests' process does this with one of its objects for the program."""
     of_tests = type(target).__module__ == "tests"
     if operation in ALLOWED_TO_PROGRAM or of_tests and operation in (*CONVERSIONS, *UNARY, *BINARY):
@@ -265,7 +239,7 @@ def is_allowed(operation, target, args):
     return of_tests and not args[0].startswith("_")
 
 
-def refill(container, new):
+def refill(container: Any, new: Any) -> None:
     """Give a container the contents that its copy has now, and the containers in it theirs."""
     if isinstance(container, (list, dict)) and type(new) is type(container):
         for key in container if isinstance(container, dict) else range(min(len(container), len(new))):
@@ -288,40 +262,40 @@ class Remote:
 
     __slots__ = ("_number", "_peer")
 
-    def __init__(self, peer, number):
+    def __init__(self, peer: Peer, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return self._peer.ask("getattr", self, name)
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         self._peer.ask("setattr", self, name, value)
 
-    def __delattr__(self, name):
+    def __delattr__(self, name: str) -> None:
         self._peer.ask("delattr", self, name)
 
-    def __instancecheck__(self, value):
+    def __instancecheck__(self, value: Any) -> bool:
         return type(value) is Remote and self._peer.ask("isinstance", self, value) is True
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if type(other) is Remote:
             return self is other or self._peer.ask("eq", self, other) is True
         # What it holds is compared here, so that its process does not learn what was expected.
         held = self._peer.ask("plain", self)
         return held is not None and type(held) is not Remote and held == other
 
-    def __ne__(self, other):
+    def __ne__(self, other: object) -> bool:
         return not self == other if type(other) is not Remote else self._peer.ask("ne", self, other) is True
 
 
 # Found in every class, so that `__getattr__` would not be asked.
 for _name in ("__doc__", "__module__"):
-    setattr(Remote, _name, property(lambda self, name=_name: self._peer.ask("getattr", self, name)))
+    setattr(Remote, _name, property(operator.methodcaller("__getattr__", _name)))
 
 
-def forward(operation):
-    def method(self, /, *args, **kwargs):
+def forward(operation: str) -> Callable[..., Any]:
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         if operation in BINARY and type(args[0]) is not Remote:
             return NotImplemented
         return self._peer.ask(operation, self, *args, **kwargs)
@@ -333,13 +307,14 @@ for _name in ["call", "enter", "exit", *CONVERSIONS, *UNARY, *BINARY]:
     setattr(Remote, f"__{_name.rstrip('_')}__", forward(_name))
 
 
-def serve(program, read_fd, write_fd):
+def serve(program: str, read_fd: int, write_fd: int) -> NoReturn:
     """Execute the program as the module `solution`, then answer the tests' requests until they end."""
     peer = Peer(read_fd, write_fd, judges=False)
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     exec(compile(program, "solution.py", "exec"), module.__dict__)
-    names, errors = {}, {}
+    names: dict[str, Any] = {}
+    errors: dict[str, list[str]] = {}
     for name, value in module.__dict__.items():
         if isinstance(value, types.ModuleType):
             names[name] = {"module": value.__name__}
