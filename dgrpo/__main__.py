@@ -56,9 +56,8 @@ def watch(arguments: argparse.Namespace) -> None:
         messages = prompt_messages(arguments.prompt, "")
         prompt_ids, prompt_mask = encode_prompts(tokenizer, [messages], torch.device(arguments.device))
         steps = arguments.steps or arguments.length
-        config = SamplerConfig(
-            arguments.length, arguments.block_length or arguments.length, steps, arguments.temperature
-        )
+        block_length = arguments.block_length or (arguments.length if model.block_length is None else None)
+        config = SamplerConfig(arguments.length, block_length, steps, arguments.temperature)
         generator = torch.Generator().manual_seed(arguments.seed)
         with as_in_training(model):
             rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator)
@@ -131,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument("--html", help="write a self-contained page with a slider over the steps")
     watching.add_argument("--gif", help="write an animated image")
     watching.add_argument("--length", type=int, default=16, help="tokens of the completion")
-    watching.add_argument("--block_length", type=int, help="tokens of a block; default: one block")
+    watching.add_argument("--block_length", type=int, help="tokens of a block; default: the model's own, or one block")
     watching.add_argument("--steps", type=int, help="denoising steps; default: one for each token")
     watching.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     watching.add_argument("--speed", type=float, default=8.0, help="steps a second")

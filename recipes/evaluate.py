@@ -26,6 +26,7 @@ from dgrpo.evaluation.disagreement import disagreement_lines, disagreements
 from dgrpo.evaluation.results import show_results, stored_result, write_results
 from dgrpo.evaluation.samples import check_selection
 from dgrpo.evaluation.stored import grade_setups, infer_task
+from dgrpo.models.loading import load_config
 from dgrpo.report.run_folder import read_config
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
@@ -62,19 +63,31 @@ def settings_of_run(chosen: Sequence[Checkpoint]) -> dict[str, Any]:
     return next(filter(None, (read_config(folder)[1] for folder in folders)), {})
 
 
-def samplers(arguments: argparse.Namespace, task: Task, embedded: bool) -> list[SamplerConfig]:
-    """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it."""
+def samplers(
+    arguments: argparse.Namespace, task: Task, embedded: bool, attention_blocks: int | None
+) -> list[SamplerConfig]:
+    """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it.
+
+    A model that attends in blocks takes these, a token a step, as its papers' static evaluations do.
+    """
     recipe = {}
     if embedded:
         file = Path(__file__).with_name(f"{task.name}.yaml")
         recipe = yaml.safe_load(file.read_text())
     configs = []
     for length in arguments.lengths or ([recipe["max_completion_length"]] if embedded else [128, 256, 512]):
-        block = arguments.block_length or min(recipe.get("block_length", 32), length)
+        block = arguments.block_length or (None if attention_blocks else min(recipe.get("block_length", 32), length))
         own = recipe["diffusion_steps"] if length == recipe.get("max_completion_length") else None
-        steps = arguments.diffusion_steps or own or length // 2
+        steps = arguments.diffusion_steps or own or (length if attention_blocks else length // 2)
         configs.append(
-            SamplerConfig(length, block, steps, arguments.temperature, sampler_policy=arguments.sampler_policy)
+            SamplerConfig(
+                length,
+                block,
+                steps,
+                arguments.temperature,
+                threshold=arguments.threshold,
+                sampler_policy=arguments.sampler_policy,
+            )
         )
     return configs
 
@@ -92,7 +105,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
         default_to_one_thread()
         run = {"dataset": EMBEDDED, "instruction": ""} | run
     check_selection(task, arguments.select)
-    configs = samplers(arguments, task, embedded)
+    configs = samplers(arguments, task, embedded, getattr(load_config(chosen[0].model), "block_length", None))
     # As the run divided its rows, unless others are asked for: then all of these.
     evaluated = arguments.eval_dataset or (None if arguments.dataset else run.get("eval_dataset"))
     dataset = evaluated or arguments.dataset or run.get("dataset")
@@ -153,7 +166,8 @@ def main() -> None:
     parser.add_argument("--instruction", help="Text before each question; default: as its run, or the task's.")
     parser.add_argument("--num_problems", type=int, help="Default: all; of generated or undivided ones 512.")
     parser.add_argument("--lengths", nargs="+", type=int, help="Tokens; default: 128 256 512.")
-    parser.add_argument("--block_length", type=int, help="Default: 32.")
+    parser.add_argument("--threshold", type=float, help="Commit every token at least this probable in a step.")
+    parser.add_argument("--block_length", type=int, help="Default: the model's own, or 32.")
     parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
     parser.add_argument("--sampler_policy", help="What a denoising step writes: package.module:function.")

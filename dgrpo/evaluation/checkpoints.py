@@ -133,7 +133,7 @@ def evaluate_checkpoint(
                 "checkpoint_path": checkpoint.adapter or "",
                 "gen_length": config.max_completion_length,
                 "diffusion_steps": config.diffusion_steps,
-                "block_length": config.block_length,
+                "block_length": config.of(getattr(model, "block_length", None)).block_length,
             }
             for sample in range(num_samples):
                 # Each round of samples is a set of its own, which can be graded again by itself.

@@ -176,8 +176,11 @@ class DiffusionLM(TemplateLM):
         length = len(continuation)
         prompt_ids = torch.tensor([self._fitted(context, length)], device=self.device)
         config = SamplerConfig(length, length, length, cfg_scale=self.cfg_scale, stop_at_eos=False)
+        if self.model.block_length is not None:
+            config = self._sampler(length, stop_at_eos=False)
         rollout = generate(self.model, prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), config)
-        return rollout.completion_ids[0].tolist() == continuation
+        tail = int(rollout.prompt_tail[0])
+        return rollout.trace_ids()[0, tail : tail + length].tolist() == continuation
 
     @_trained_arithmetic
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
@@ -220,11 +223,18 @@ class DiffusionLM(TemplateLM):
                 f"gen_kwargs: the sampler has no {', '.join(refused)}; it knows until, max_gen_toks, do_sample and "
                 "temperature. Override them with --gen_kwargs."
             )
+        config = self._sampler(length, temperature=temperature)
+        return [stop for stop in stops if stop], length, config
+
+    def _sampler(self, length: int, **settings) -> SamplerConfig:
+        """The sampler of at least `length` tokens: of a block model with room for any prompt's last tokens."""
+        if (block := self.model.block_length) is not None:
+            canvas = -(-(length + block - 1) // block) * block
+            return SamplerConfig(canvas, None, self.diffusion_steps or canvas, cfg_scale=self.cfg_scale, **settings)
         block = min(self.block_length, length)
         canvas = -(-length // block) * block
         steps = self.diffusion_steps or canvas // block * max(block // 2, 1)
-        config = SamplerConfig(canvas, block, steps, temperature=temperature, cfg_scale=self.cfg_scale)
-        return [stop for stop in stops if stop], length, config
+        return SamplerConfig(canvas, block, steps, cfg_scale=self.cfg_scale, **settings)
 
     @_trained_arithmetic
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -26,11 +26,17 @@ class BlockPast:
     def __init__(self, capacity: int):
         """Room for `capacity` tokens of each row, those of the last pass included."""
         self.capacity, self.length = capacity, 0
+        # Rows that take part in the next passes, where not all do; these passes store nothing.
+        self.rows: Tensor | None = None
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Stored and own keys and values, [B, heads, length + L, head_dim], of a pass over L tokens."""
+        if self.rows is not None:
+            stored = (store[layer_idx][self.rows, :, : self.length] for store in (self.keys, self.values))
+            before_keys, before_values = stored
+            return torch.cat([before_keys, key], 2), torch.cat([before_values, value], 2)
         stop = self.length + key.shape[2]
         if stop > self.capacity:
             raise ValueError(f"capacity={self.capacity}: a pass ends at token {stop}.")

@@ -172,8 +172,10 @@ def load_rollout(path: str | Path) -> Rollout:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no dict
         numbers = file.metadata() or {}
-    # A rollout stored before there was a history has none.
-    names = [field.name for field in fields(Rollout) if field.name != "history" or "history" in tensors]
+    numbers = {name: number for name, number in numbers.items() if number != "None"}
+    # Rollouts stored before there were such fields lack them.
+    later = {"history", "prompt_tail", "block_length"} - {*tensors, *numbers}
+    names = [field.name for field in fields(Rollout) if field.name not in later]
     if missing := [name for name in names if name not in {*tensors, *numbers}]:
         raise ValueError(f"{path} is no stored rollout: it lacks {', '.join(missing)}.")
     values: dict[str, Any] = {name: int(number) for name, number in numbers.items() if name != "format"} | tensors

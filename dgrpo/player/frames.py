@@ -100,8 +100,10 @@ def _writes(
 
     A rollout keeps confidence and entropy of a position's last token only; earlier ones have 0.
     """
-    ids, kept = rollout.completion_ids[row].tolist(), rollout.completion_mask[row].tolist()
-    texts, last = token_texts(tokenizer, ids), sum(kept) - 1
+    # The end of a prompt that begins the canvas is read with the prompt.
+    tail = int(rollout.prompt_tail[row])
+    ids, kept = rollout.completion_ids[row].tolist(), rollout.completion_mask[row, tail:].tolist()
+    texts, last = [""] * tail + token_texts(tokenizer, ids[tail:]), tail + sum(kept) - 1
 
     def final(position: int, step: int) -> Token:
         confidence, entropy = rollout.confidence[row, position].item(), rollout.entropy[row, position].item()
@@ -118,7 +120,7 @@ def _writes(
         if step == revealed_at[position]:
             token = final(position, step)
         elif token_id >= 0:
-            token = Token(token_texts(tokenizer, [*ids[:position], token_id])[-1], step, 0.0, 0.0)
+            token = Token(token_texts(tokenizer, [*ids[tail:position], token_id])[-1], step, 0.0, 0.0)
         steps.setdefault(step, []).append((position, token))
     return sorted(steps.items())
 
@@ -129,11 +131,11 @@ def frames(
     """What the completion of one row looked like before the first step and after each step that changed it.
 
     Args:
-        block_length: as sampled; None reads it off the order of commitment.
+        block_length: as sampled; None: that of the model's attention, or read off the order of commitment.
     """
     if not -len(rollout.completion_ids) <= row < len(rollout.completion_ids):
         raise ValueError(f"row={row}: the rollout has rows 0 to {len(rollout.completion_ids) - 1}.")
-    block_length = block_length or block_length_of(rollout)
+    block_length = block_length or rollout.block_length or block_length_of(rollout)
     canvas: list[Token | None] = [None] * rollout.completion_ids.shape[1]
     earlier: dict[int, tuple[str, ...]] = {}
     shots: list[Frame] = []
@@ -151,4 +153,5 @@ def frames(
 def prompt_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:
     """The prompt of one row, without padding and special tokens."""
     ids = rollout.prompt_ids[row][rollout.prompt_mask[row].bool()].tolist()
+    ids += rollout.completion_ids[row, : rollout.prompt_tail[row]].tolist()
     return printable(str(tokenizer.decode(ids, skip_special_tokens=True))).strip()

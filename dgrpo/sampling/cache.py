@@ -25,7 +25,7 @@ class WindowCache:
             self.values[layer_idx][:, :, self.window] = value
         return self.keys[layer_idx], self.values[layer_idx]
 
-    def expand(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was: a pass over distinct rows serves all of their copies."""
         for store in (self.keys, self.values):
             for layer in store:

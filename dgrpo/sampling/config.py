@@ -5,9 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Remasking = Literal["low_confidence", "random", "entropy", "topk_margin"]
+Remasking = Literal["low_confidence", "random", "entropy", "topk_margin", "sequential"]
+# Settings of parallel decoding, of which one at most is set.
+RULES = ("threshold", "factor", "entropy_bound", "entropy_sum")
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,20 @@ class SamplerConfig:
     """
 
     max_completion_length: int = 128
-    # Blocks are denoised from left to right; within a block any position may come first.
-    block_length: int = 32
+    # Blocks are denoised from left to right; within a block any position may come first. None: 32, or the blocks in
+    # which the model attends, which leave no choice.
+    block_length: int | None = None
     # Denoising steps over the whole completion, shared equally by the blocks.
     diffusion_steps: int = 128
     # 0 takes the most likely token; T draws from softmax(logits / T).
     temperature: float = 0.0
-    # Which open positions to commit: most probable drawn token, at random, least entropy, or widest margin between
-    # the two most probable tokens (the last two are Dream's).
+    # Draw from the k most likely words only (0: all), and of these from the fewest that have this share together. How
+    # sure the model is, for order and rules below, is then measured among the words that are left (as in SDAR's and
+    # LLaDA2's code); what is recorded is the whole distribution's.
+    top_k: int = 0
+    top_p: float = 1.0
+    # Which open positions to commit: most probable drawn token, at random, least entropy, widest margin between the
+    # two most probable tokens (these two are Dream's), or leftmost.
     remasking: Remasking = "low_confidence"
     # Classifier-free guidance: logits = unconditional + (1 + cfg_scale) * (conditional - unconditional).
     cfg_scale: float = 0.0
@@ -35,66 +43,69 @@ class SamplerConfig:
     # LLaDA's evaluation switches: never draw EOS; commit a block's end-of-text tokens last.
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
-    # Approximations, all opt-in. Keys and values of the finished prefix ("prefix"), or of everything outside the
-    # block ("dual"), are reused within a block (Fast-dLLM, arXiv:2505.22618) and refreshed every `cache_refresh`
-    # steps (None: at the start of each block; 1: every step, which is exact).
-    cache: Literal["prefix", "dual"] | None = None
+    # None computes what is exact: keys and values of finished blocks are kept where the model attends block by block,
+    # which changes nothing; "recompute" does without. Approximations with full attention, opt-in: keys and values of
+    # the finished prefix ("prefix"), or of everything outside the block ("dual"), are reused within a block
+    # (Fast-dLLM, arXiv:2505.22618) and refreshed every `cache_refresh` steps (None: at the start of each block; 1:
+    # every step, which is exact).
+    cache: Literal["prefix", "dual", "recompute"] | None = None
     cache_refresh: int | None = None
-    # Parallel decoding, one of three: commit every token at least this probable; the longest prefix of the sorted
-    # confidences with (n + 1) * (1 - c_n) < factor (Fast-dLLM); or while sum(H) - max(H) stays within a bound in nats
-    # (EB-Sampler, arXiv:2505.24857, in the order of `remasking`). Where that is none, the first one is committed;
+    # Parallel decoding, one of four: commit every token at least this probable; the longest prefix of the sorted
+    # confidences with (n + 1) * (1 - c_n) < factor (Fast-dLLM); while sum(H) - max(H) stays within a bound in nats
+    # (EB-Sampler, arXiv:2505.24857), or while sum(H) stays below a sum in nats (SDAR, with remasking="entropy"), both
+    # in the order of `remasking`. Where these are fewer than `min_commit`, the first so many are committed;
     # `diffusion_steps` no longer counts.
     threshold: float | None = None
     factor: float | None = None
     entropy_bound: float | None = None
+    entropy_sum: float | None = None
+    min_commit: int = 1
     # What a step writes: a function (sight, budget, config) -> ids, itself or as package.module:function (see
     # `dgrpo.sampling.policy`); None: `commit`, by the settings above. It has `diffusion_steps` steps, rules or not.
     sampler_policy: str | Callable | None = None
 
     def __post_init__(self):
-        def refuse(field: str, remedy: str):
-            raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
-
-        for field in ("max_completion_length", "block_length", "diffusion_steps"):
-            if getattr(self, field) < 1:
+        refuse = self._refuse
+        for field in ("max_completion_length", "block_length", "diffusion_steps", "min_commit"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 refuse(field, "must be at least 1.")
-        for field in ("temperature", "cfg_scale", "threshold", "factor", "entropy_bound"):
+        for field in ("temperature", "top_p", "cfg_scale", *RULES):
             if getattr(self, field) is not None and not isfinite(getattr(self, field)):
                 refuse(field, "must be a finite number.")
-        if self.max_completion_length % self.block_length:
-            refuse("block_length", f"must divide max_completion_length={self.max_completion_length}.")
-        num_blocks = self.max_completion_length // self.block_length
-        if self.diffusion_steps < num_blocks:
-            refuse(
-                "diffusion_steps", f"each of the {num_blocks} blocks needs a step; raise it to {num_blocks} or more."
-            )
-        if self.diffusion_steps % num_blocks:
-            refuse("diffusion_steps", f"must be a multiple of the number of blocks, {num_blocks}.")
+        if self.block_length is not None:
+            self._check_blocks()
         if self.temperature < 0:
             refuse("temperature", "must be 0 (greedy) or positive.")
+        if self.top_k < 0 or self.top_k == 1:
+            refuse("top_k", "must be 0 (off) or at least 2. Of one word the model is always sure: set temperature=0.")
+        if not 0 < self.top_p <= 1:
+            refuse("top_p", "must be a share of at most 1 (off).")
         if self.cfg_scale < 0:
             refuse("cfg_scale", "must be 0 (off) or positive.")
-        if self.remasking not in ("low_confidence", "random", "entropy", "topk_margin"):
-            refuse("remasking", "choose low_confidence, random, entropy or topk_margin.")
-        for field in ("threshold", "factor"):
+        if self.remasking not in get_args(Remasking):
+            refuse("remasking", f"choose {', '.join(get_args(Remasking))}.")
+        for field in ("threshold", "factor", "entropy_sum"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 refuse(field, "must be positive, or left out for `diffusion_steps` steps.")
         if self.entropy_bound is not None and not self.entropy_bound >= 0:
             refuse("entropy_bound", "must be 0 nats or more, or left out for `diffusion_steps` steps.")
-        if self.cache not in (None, "prefix", "dual"):
+        if self.cache not in (None, "prefix", "dual", "recompute"):
             refuse("cache", "choose prefix or dual, or leave it out for the exact sampler.")
-        if self.cache_refresh is not None and (self.cache is None or self.cache_refresh < 1):
+        windowed = self.cache in ("prefix", "dual")
+        if self.cache_refresh is not None and (not windowed or self.cache_refresh < 1):
             refuse("cache_refresh", "needs cache=prefix or cache=dual and at least 1 step between refreshes.")
-        if self.cache is not None and self.cfg_scale:
+        if windowed and self.cfg_scale:
             refuse("cache", "does not go with cfg_scale; guidance would need a second cache. Drop one of the two.")
-        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        rules = [name for name in RULES if getattr(self, name) is not None]
         if len(rules) > 1:
-            refuse(rules[0], "set only one of threshold, factor and entropy_bound.")
+            refuse(rules[0], f"set only one of {', '.join(RULES[:-1])} and {RULES[-1]}.")
+        if self.min_commit > 1 and not rules:
+            refuse("min_commit", f"needs one of {', '.join(RULES)}; else `diffusion_steps` says how many.")
         if self.factor is not None and self.remasking != "low_confidence":
             refuse(
                 "factor",
                 f"is a rule on sorted confidences; remasking={self.remasking!r} sorts otherwise. Take low_confidence, "
-                "or threshold or entropy_bound.",
+                "or another rule.",
             )
         if self.sampler_policy is not None:
             try:
@@ -106,6 +117,40 @@ class SamplerConfig:
                     "sampler_policy", f"name a function (sight, budget, config) as package.module:function; {error}."
                 )
 
+    def _refuse(self, field: str, remedy: str):
+        raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
+
+    def _check_blocks(self) -> None:
+        if self.max_completion_length % (self.block_length or 1):
+            self._refuse("block_length", f"must divide max_completion_length={self.max_completion_length}.")
+        remedy = f"each of the {self.num_blocks} blocks needs a step; raise it to {self.num_blocks} or more."
+        if self.diffusion_steps < self.num_blocks:
+            self._refuse("diffusion_steps", remedy)
+        if self.diffusion_steps % self.num_blocks:
+            self._refuse("diffusion_steps", f"must be a multiple of the number of blocks, {self.num_blocks}.")
+
+    def of(self, block_length: int | None) -> "SamplerConfig":
+        """The same sampler for a model that attends in blocks of so many tokens (None: full attention).
+
+        Raises:
+            ValueError: What such a model cannot be sampled with.
+        """
+        if block_length is None:
+            return self if self.block_length else replace(self, block_length=min(32, self.max_completion_length))
+        if self.block_length not in (None, block_length):
+            self._refuse(
+                "block_length",
+                f"the model attends in blocks of {block_length} tokens: leave it out, or load the model with "
+                "load_model(block_length=) if its weights were trained so.",
+            )
+        if self.max_completion_length % block_length:
+            self._refuse("max_completion_length", f"must be a multiple of the model's block_length={block_length}.")
+        if self.cache in ("prefix", "dual"):
+            self._refuse("cache", "is for full attention; block by block the exact cache is on. Leave it out.")
+        if self.cfg_scale:
+            self._refuse("cfg_scale", "a model that attends block by block never sees a hidden prompt. Set it to 0.")
+        return replace(self, block_length=block_length)
+
     @property
     def policy(self) -> Callable | None:
         """The function that `sampler_policy` names."""
@@ -113,28 +158,29 @@ class SamplerConfig:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of a completion; known once `block_length` is, as it is of what `of` returns."""
+        assert self.block_length is not None
         return self.max_completion_length // self.block_length
 
     def exact(self) -> "SamplerConfig":
         """The same sampler without approximations."""
-        off: dict[str, Any] = dict.fromkeys(
-            ("cache", "cache_refresh", "threshold", "factor", "entropy_bound", "sampler_policy")
-        )
-        return replace(self, **off)
+        off: dict[str, Any] = dict.fromkeys(("cache", "cache_refresh", *RULES, "sampler_policy"))
+        return replace(self, **off, min_commit=1)
 
     @property
     def approximate(self) -> bool:
         """Whether `exact` would sample otherwise: an outdated cache, several tokens at once, a policy of one's own."""
-        return self.parallel or (self.cache is not None and self.cache_refresh != 1) or self.policy is not None
+        windowed = self.cache in ("prefix", "dual") and self.cache_refresh != 1
+        return self.parallel or windowed or self.policy is not None
 
     @property
     def steps_per_block(self) -> int:
         """The most denoising steps that a block takes."""
         if self.parallel and self.policy is None:
-            return self.block_length
+            return self.max_completion_length // self.num_blocks
         return self.diffusion_steps // self.num_blocks
 
     @property
     def parallel(self) -> bool:
         """Whether the model's confidence, not `diffusion_steps`, decides how many tokens a step commits."""
-        return (self.threshold, self.factor, self.entropy_bound) != (None, None, None)
+        return any(getattr(self, name) is not None for name in RULES)

@@ -6,6 +6,7 @@ of the current block that are looked at, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,14 @@ class Denoiser:
         prompt_mask: Tensor,
         keys: Tensor,
         end_ids: Tensor,
+        prompt_tail: Tensor,
         any_rank: Callable[[bool], bool] = bool,
     ):
         self.network, self.config, self.any_rank, self.end_ids = network, config, any_rank, end_ids
-        self.prompt_width = prompt_mask.shape[1]
+        self.prompt_width, self.prompt_tail = prompt_mask.shape[1], prompt_tail
         self.mask_token_id, self.num_words = network.model.config.mask_token_id, network.model.config.vocab_size
+        assert config.block_length is not None  # as SamplerConfig.of leaves it
+        self.block_length = config.block_length
         self.policy = config.policy or commit
         self.revises = getattr(self.policy, "revises", True)
         self.canvas, self.all_keys = canvas, keys
@@ -68,13 +72,13 @@ class Denoiser:
         self.events: list[tuple[Tensor, Tensor]] = []
 
     def run(self) -> None:
-        alive = torch.arange(len(self.canvas), device=self.canvas.device)
+        alive, going_on = torch.arange(len(self.canvas), device=self.canvas.device), None
         for block in range(self.config.num_blocks):
             if not self.any_rank(len(alive) > 0):
                 break
-            start = block * self.config.block_length
-            stop = start + self.config.block_length
-            self.network.begin_block()
+            start = block * self.block_length
+            columns = torch.arange(start, start + self.block_length, device=self.canvas.device)
+            self.network.begin_block(self.prompt_width + start, going_on)
             self._take(alive)
             steps = self._steps(start)
             while self.any_rank((now := next(steps, None)) is not None):
@@ -85,9 +89,11 @@ class Denoiser:
             self.canvas[self.rows] = self.ids
             self._record()
             if self.config.stop_at_eos:
-                # Rows that hold an end-of-text token by now leave the batch.
-                written = self.canvas[alive, self.prompt_width : self.prompt_width + stop]
-                alive = alive[~torch.isin(written, self.end_ids).any(1)]
+                # Rows with an end-of-text token in this block leave the batch.
+                is_end = torch.isin(self.canvas[alive[:, None], self.prompt_width + columns], self.end_ids)
+                is_end &= columns >= self.prompt_tail[alive, None]
+                going_on = (~is_end.any(1)).nonzero()[:, 0]
+                alive, going_on = alive[going_on], going_on if len(going_on) < len(alive) else None
 
     def _take(self, rows: Tensor) -> None:
         """Put these rows [b] of the batch to work."""
@@ -95,7 +101,7 @@ class Denoiser:
         self.visible = None if self.all_visible is None else self.all_visible[rows]
 
     def _is_open(self, start: int) -> Tensor:
-        block = self.ids[:, self.prompt_width + start : self.prompt_width + start + self.config.block_length]
+        block = self.ids[:, self.prompt_width + start : self.prompt_width + start + self.block_length]
         return block == self.mask_token_id
 
     def _steps(self, start: int) -> Iterator[tuple[int, int]]:
@@ -104,7 +110,7 @@ class Denoiser:
         Rows that are done are set aside until the block's end, so the others' passes get smaller.
         """
         # Rows that a policy may still revise: at first those that are not given entirely.
-        self.restless = ~self.given[self.rows, start : start + self.config.block_length].all(1)
+        self.restless = ~self.given[self.rows, start : start + self.block_length].all(1)
         num_open = self._num_left(start).tolist()
         for step in range(self.config.steps_per_block):
             if not any(num_open):
@@ -118,10 +124,19 @@ class Denoiser:
             yield step, max(num_open)
             if self.policy is commit and not self.config.parallel:
                 # The schedule tells, without another look at the device.
-                steps_left = self.config.steps_per_block - step
-                num_open = [number - -(-number // steps_left) for number in num_open]
+                num_open = [number - self._share(number, step) for number in num_open]
             else:
                 num_open = self._num_left(start).tolist()
+
+    def _share(self, num_open: Any, step: int) -> Any:
+        """How many of a row's open positions the fixed schedule commits at a step of the block; ints, or a tensor."""
+        num_steps, size = self.config.steps_per_block, self.block_length
+        if self.network.block_length is None:
+            # Equal shares of what is open over the steps that are left, the remainder to the first of them.
+            return -(-num_open // (num_steps - step))
+        # As published for these models: equal shares of a whole block. One that is given in part takes fewer steps.
+        most = size // num_steps + (step < size % num_steps)
+        return num_open - (num_open - most) * (num_open > most)
 
     def _num_left(self, start: int) -> Tensor:
         """Open positions of each row [b], and one more where a policy that revises may not be done: 0 when it is."""
@@ -131,10 +146,9 @@ class Denoiser:
     def _step(self, start: int, first_step: int, step: int, width: int) -> None:
         config, number = self.config, first_step + step
         is_open, steps_left = self._is_open(start), config.steps_per_block - step
-        # Equal shares of what is open over the steps that are left, the remainder to the first of them.
-        budget = None if config.parallel else (is_open.sum(1) + steps_left - 1) // steps_left
+        budget = None if config.parallel else self._share(is_open.sum(1), step)
         if self.revises:
-            columns = torch.arange(config.block_length, device=is_open.device).expand_as(is_open)
+            columns = torch.arange(self.block_length, device=is_open.device).expand_as(is_open)
         else:
             # Open positions first; rows with fewer of them than `width` are filled up with shown ones.
             columns = (~is_open).int().argsort(dim=1, stable=True)[:, :width]
@@ -142,22 +156,24 @@ class Denoiser:
         columns = columns + start
         at = columns + self.prompt_width
         begin = self.prompt_width + start
-        logits = self.network.logits(self.ids, self.visible, at, slice(begin, begin + config.block_length))
+        logits = self.network.logits(self.ids, self.visible, at, slice(begin, begin + self.block_length))
         logits = logits.flatten(0, 1)
         if config.logits_eos_inf:
             logits.index_fill_(1, self.end_ids[:1], NEVER)
         noise = uniform(self.keys, number, columns).flatten() if config.temperature > 0 else None
         drawn = draw(logits, noise, config, self.mask_token_id, self.num_words)
-        tokens, probs, entropy, order = (value.view(columns.shape) for value in drawn)
+        tokens, probs, entropy, order, kept_probs, kept_entropy = (value.view(columns.shape) for value in drawn)
         if config.remasking == "random":
             order = uniform(self.keys, number + _ORDER_STREAM, columns).float()
+        elif config.remasking == "sequential":
+            order = -columns.float()
         before = self.ids.gather(1, at)
         sight = Sight(
             ids=before,
             is_open=is_open,
             tokens=tokens,
-            probs=probs,
-            entropy=entropy,
+            probs=kept_probs,
+            entropy=kept_entropy,
             order=order,
             positions=columns,
             step=step,

@@ -20,9 +20,12 @@ class Drawn(NamedTuple):
     """What was drawn at n positions, and how the model saw it, all [n]."""
 
     tokens: Tensor
-    probs: Tensor  # of the drawn tokens
+    probs: Tensor  # of the drawn tokens, at temperature 1
     entropy: Tensor  # of the model's distribution, nats
-    order: Tensor  # of commitment by the config's `remasking`, higher first; "random" is left to the caller
+    order: Tensor  # of commitment by the config's `remasking`, higher first; others are left to the caller
+    # The same two among the words that `top_k` and `top_p` leave.
+    kept_probs: Tensor
+    kept_entropy: Tensor
 
 
 def draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_token_id: int, num_words: int) -> Drawn:
@@ -46,13 +49,48 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
     best = logits.amax(-1, keepdim=True)
     logits -= best
     mask_logit -= best
-    mass = logits.exp()
+    mass, kept = logits.exp(), None
     if noise is None:
         tokens = first_argmax(logits)[:, None]
+        scaled = mass
     else:
         temperature = min(max(config.temperature, TEMPERATURES[0]), TEMPERATURES[1])
         scaled = mass if temperature == 1 else (logits / temperature).exp_()
+    if config.top_k or config.top_p < 1:
+        kept = _kept(scaled, config)
+        scaled = scaled.where(kept, 0)
+    if noise is not None:
         tokens = inverse_cdf(scaled, noise)[:, None]
+    log_odds, entropy = _sureness(logits, mask_logit, mass, tokens)
+    kept_odds, kept_entropy = log_odds, entropy
+    if kept is not None:
+        logits.masked_fill_(~kept, NEVER)
+        mask_logit.fill_(NEVER)
+        kept_odds, kept_entropy = _sureness(logits, mask_logit, logits.exp(), tokens)
+    # log p / (1 - p) orders as p does; p would round to 1 in float32 (the published code takes float64).
+    order = kept_odds
+    if config.remasking == "entropy":
+        order = -kept_entropy
+    elif config.remasking == "topk_margin":
+        # -log(1 - margin), for the same reason: what all but the likeliest have, and the second once more.
+        logits[:, mask_token_id] = mask_logit[:, 0]
+        top, likeliest = logits.topk(2)
+        rest = logits.sub_(top[:, :1]).exp_().scatter_(-1, likeliest[:, :1], 0).sum(-1, keepdim=True)
+        order = rest.log1p() - (rest + top.diff().exp()).log()
+    columns = (log_odds.sigmoid(), entropy, order, kept_odds.sigmoid(), kept_entropy)
+    return Drawn(tokens[:, 0], *(each[:, 0] for each in columns))
+
+
+def _kept(mass: Tensor, config: SamplerConfig) -> Tensor:
+    """The words that `top_k` and then `top_p` leave, [n, V] bool, by their unnormalized probabilities."""
+    ranked, words = mass.topk(min(config.top_k or mass.shape[1], mass.shape[1]))
+    # A word stays where those before it have less than the share: the first one always does.
+    fine = ranked.cumsum(-1) - ranked < config.top_p * ranked.sum(-1, keepdim=True)
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, words, fine)
+
+
+def _sureness(logits: Tensor, mask_logit: Tensor, mass: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """log p / (1 - p) of `tokens` and the entropy, [n, 1] each; mass [n, V] is exp(logits), and is overwritten."""
     token_logit = logits.gather(-1, tokens)
     # Sum the other tokens' mass directly: 1 - p cancels in float32 when p is near 1.
     mass.scatter_(-1, tokens, 0)
@@ -61,15 +99,4 @@ def _draw(logits: Tensor, noise: Tensor | None, config: SamplerConfig, mask_toke
     mean_logit = row_products(mass, logits)[:, None] / log_total.exp()
     for each in (token_logit, mask_logit):
         mean_logit += (each - log_total).exp() * each
-    entropy = log_total - mean_logit
-    # log p / (1 - p) orders as p does; p would round to 1 in float32 (the published code takes float64).
-    order = log_odds = token_logit - log_others
-    if config.remasking == "entropy":
-        order = -entropy
-    elif config.remasking == "topk_margin":
-        # -log(1 - margin), for the same reason: what all but the likeliest have, and the second once more.
-        logits[:, mask_token_id] = mask_logit[:, 0]
-        top, likeliest = logits.topk(2)
-        rest = logits.sub_(top[:, :1]).exp_().scatter_(-1, likeliest[:, :1], 0).sum(-1, keepdim=True)
-        order = rest.log1p() - (rest + top.diff().exp()).log()
-    return Drawn(tokens[:, 0], log_odds.sigmoid()[:, 0], entropy[:, 0], order[:, 0])
+    return token_logit - log_others, log_total - mean_logit

@@ -10,7 +10,7 @@ from torch import Tensor
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
 from dgrpo.sampling.network import Network
-from dgrpo.sampling.rollout import Rollout, check_prompts, completion_mask_of, refuse_blocks, replay
+from dgrpo.sampling.rollout import Rollout, align, check_prompts, completion_mask_of, replay
 
 
 def end_token_ids(model: Any) -> Tensor:
@@ -51,17 +51,21 @@ def generate(
         generator: What row keys are drawn from where none are given; needed where anything is random.
         row_keys: Noise keys [B] int64.
         fixed: Token ids [B, C] that are given in advance, -1 or [MASK] elsewhere; those after an end give way to EOS.
+            Where the model attends block by block, a block sees nothing of what is given behind it.
         group: Numbers of the prompts [B]; by default rows with equal prompts share one.
         batch_size: Rows denoised at a time, sorted by prompt length; by default all.
         any_rank: Whether a flag is true on any process; give it where all processes must make equally many passes.
 
     Returns:
-        The completions and how they came about.
+        The completions and how they came about. Where the model attends in blocks of b tokens, these are counted from
+        the text's first token: the last tokens of a prompt that is no multiple of b begin its canvas (`prompt_tail`),
+        and its completion has so many tokens less.
 
     Raises:
         ValueError: What cannot be sampled, by name, value and remedy.
     """
-    refuse_blocks(model)
+    block_length = getattr(model, "block_length", None)
+    config = config.of(block_length)
     num_rows, device = len(prompt_ids), prompt_ids.device
     for name, given in {"prompt_mask": prompt_mask, "fixed": fixed, "group": group}.items():
         if given is not None and given.device != device:
@@ -89,6 +93,19 @@ def generate(
             )
         blank = torch.where(fixed >= 0, fixed, blank)
     end_ids = end_token_ids(model).to(device)
+    if group is None:
+        group = _same_prompt_groups(prompt_ids, prompt_mask)
+    prompt_tail = group.new_zeros(num_rows)
+    if block_length is not None:
+        words, width = blank != model.config.mask_token_id, config.max_completion_length
+        prompt_ids, prompt_mask, blank, prompt_tail = align(
+            prompt_ids, prompt_mask, blank, block_length, width, int(end_ids[0])
+        )
+        if (words & (torch.arange(width, device=device) >= width - prompt_tail[:, None])).any():
+            raise ValueError(
+                f"fixed: its last {int(prompt_tail.max())} columns do not fit on a canvas that begins with the last "
+                f"tokens of a prompt; leave them free, or raise max_completion_length by {block_length}."
+            )
 
     lengths = prompt_mask.sum(1)
     batch_size = min(batch_size or num_rows, num_rows)
@@ -101,7 +118,9 @@ def generate(
             skip = prompt_ids.shape[1] - int(lengths[rows].max())
             canvas = torch.cat([prompt_ids[rows, skip:], blank[rows]], 1)
             network = Network(model, config, canvas.shape[1] - config.max_completion_length)
-            part = Denoiser(network, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, any_rank)
+            part = Denoiser(
+                network, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, prompt_tail[rows], any_rank
+            )
             part.run()
             completion_ids[rows] = part.canvas[:, part.prompt_width :]
             num_forwards += network.num_forwards
@@ -110,20 +129,23 @@ def generate(
                 values.append(value)
     given, num_steps = blank != model.config.mask_token_id, config.steps_per_block * config.num_blocks
     history, revealed_at, confidence, entropy = replay(torch.cat(events), torch.cat(values), given, num_steps)
-    completion_mask = completion_mask_of(completion_ids, end_ids)
+    completion_mask = completion_mask_of(completion_ids, end_ids, prompt_tail)
+    shown = completion_mask | (torch.arange(completion_ids.shape[1], device=device) < prompt_tail[:, None])
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        completion_ids=torch.where(completion_mask, completion_ids, end_ids[0]),
+        completion_ids=torch.where(shown, completion_ids, end_ids[0]),
         completion_mask=completion_mask,
         # Only the history keeps what was drawn after the end: no picture may show it, or tell where the end is.
-        revealed_at=torch.where(completion_mask, revealed_at, num_steps),
-        confidence=confidence.where(completion_mask, 0.0),
-        entropy=entropy.where(completion_mask, 0.0),
-        group=_same_prompt_groups(prompt_ids, prompt_mask) if group is None else group,
+        revealed_at=torch.where(shown, revealed_at, num_steps),
+        confidence=confidence.where(shown, 0.0),
+        entropy=entropy.where(shown, 0.0),
+        group=group,
         num_forwards=num_forwards,
         num_steps=num_steps,
         history=history,
+        prompt_tail=prompt_tail,
+        block_length=block_length,
     )
 
 

@@ -29,8 +29,8 @@ class Sight(NamedTuple):
     ids: Tensor  # tokens on the canvas, `mask_token_id` where open
     is_open: Tensor  # bool
     tokens: Tensor  # drawn by the model for this position, also where one is shown
-    probs: Tensor  # of the drawn tokens, at temperature 1
-    entropy: Tensor  # of the model's distribution, nats
+    probs: Tensor  # of the drawn tokens, at temperature 1 and among the words that `top_k` and `top_p` leave
+    entropy: Tensor  # of the model's distribution over these words, nats
     order: Tensor  # of commitment by the config's `remasking`, higher first
     positions: Tensor  # in the completion
     step: int  # of this block, from 0
@@ -69,18 +69,20 @@ commit.revises = False  # type: ignore[attr-defined] # a function's own attribut
 
 
 def may_commit(probs: Tensor, entropy: Tensor, is_open: Tensor, config: SamplerConfig) -> Tensor:
-    """Positions that one step commits together under the config's rule, [b, n] bool: the first where none is fine.
+    """Positions that one step commits together under the config's rule, [b, n] bool; at least the first `min_commit`.
 
     probs, entropy and is_open [b, n] are in the order of commitment, open positions first. The entropy bound holds in
     any such order.
     """
+    count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
     if config.threshold is not None:
         fine = (probs >= config.threshold) & is_open
     elif config.factor is not None:
-        count = torch.arange(1, probs.shape[1] + 1, device=probs.device)
         fine = ((count + 1) * (1 - probs) < config.factor).cumprod(1).bool()
+    elif config.entropy_sum is not None:
+        fine = entropy.cumsum(1) < config.entropy_sum
     else:
         assert config.entropy_bound is not None
         fine = (entropy.cumsum(1) - entropy.cummax(1).values <= config.entropy_bound).cumprod(1).bool()
-    fine[:, 0] |= ~fine.any(1)
-    return fine & is_open
+    too_few = (fine & is_open).sum(1, keepdim=True) < config.min_commit
+    return (fine | (too_few & (count <= config.min_commit))) & is_open

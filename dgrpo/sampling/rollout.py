@@ -2,23 +2,36 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """Canvases of B rollouts cut into blocks of b tokens, [R = B * C / b, b]; `view(B, C)` joins them again."""
+
+    ids: Tensor  # what stood on the canvas at last, also behind the first end-of-text token
+    open: Tensor  # bool, of the completion up to the end of text
+    written: Tensor  # bool, drawn by the sampler, also behind the end of text
+    step: Tensor  # of the last write, from 0 in each block; -1 given in advance, `num_steps` never
+    num_steps: int  # of a block
 
 
 @dataclass(frozen=True)
 class Rollout:
     """B sampled completions on full canvases, with the trace of their denoising.
 
-    Shapes: B rollouts, P prompt tokens (padded on the left), C completion tokens.
+    Of a model that attends in blocks of b tokens prompts are whole blocks: the last tokens of one that is not begin
+    its canvas, as given in advance, and no token of the completion.
+
+    Shapes: B rollouts, P prompt tokens (padded on the left), C canvas positions.
     """
 
     prompt_ids: Tensor  # [B, P]
     prompt_mask: Tensor  # [B, P] bool, False on padding
     completion_ids: Tensor  # [B, C], no [MASK] left; EOS after the first end-of-text token
-    completion_mask: Tensor  # [B, C] bool, True up to and including the first end-of-text token
+    completion_mask: Tensor  # [B, C] bool, True behind the prompt's tail up to and with the first end-of-text token
     revealed_at: Tensor  # [B, C] denoising step that last committed the token; -1 given in advance, `num_steps` never
     confidence: Tensor  # [B, C] float32, probability of the token when it was committed (0 if never, 1 if given)
     entropy: Tensor  # [B, C] float32, entropy of the model's distribution at that moment (0 if never or given)
@@ -29,10 +42,43 @@ class Rollout:
     # writes behind the end, which nothing else keeps. Rows with fewer of them than others are filled up with -1. Left
     # out: every token was written once, as `revealed_at` says.
     history: Tensor = None  # type: ignore[assignment] # a tensor once built
+    prompt_tail: Tensor = None  # type: ignore[assignment] # [B] tokens of the prompt that begin the canvas; left out: 0
+    block_length: int | None = None  # of the model's attention; None where every token sees every other one
 
     def __post_init__(self):
         if self.history is None:
             object.__setattr__(self, "history", _written_once(self.completion_ids, self.revealed_at, self.num_steps))
+        if self.prompt_tail is None:
+            object.__setattr__(self, "prompt_tail", self.revealed_at.new_zeros(len(self.revealed_at)))
+
+    def _last_write(self, value: Tensor, given: Tensor, never: Tensor | int) -> Tensor:
+        """`value` [B, E] of each position's last event, [B, C]; `given` or `never` where there is none."""
+        step, position, _ = self.history.unbind(2)
+        number = torch.arange(step.shape[1], device=step.device).where(step >= 0, -1)
+        last = torch.full_like(self.revealed_at, -1).scatter_reduce(1, position.clamp(min=0), number, "amax")
+        none = given.where(self.revealed_at == -1, never)
+        return torch.nn.functional.pad(value, (0, 1)).gather(1, last.clamp(min=0)).where(last >= 0, none)
+
+    def trace_ids(self) -> Tensor:
+        """What stood on the canvas at last, [B, C]: also what was drawn behind the first end-of-text token."""
+        return self._last_write(self.history[:, :, 2], self.completion_ids, self.completion_ids)
+
+    def written_at(self) -> Tensor:
+        """The step that last wrote each token of `trace_ids`, [B, C]; -1 given in advance, `num_steps` never."""
+        return self._last_write(self.history[:, :, 0], self.revealed_at, self.num_steps)
+
+    def blocks(self) -> Blocks:
+        """The canvases cut into the blocks of the model's attention; ValueError where that is full attention."""
+        if (size := self.block_length) is None:
+            raise ValueError("block_length=None: every token of this model sees every other one; there are no blocks.")
+        num_steps, step = self.num_steps * size // self.completion_ids.shape[1], self.written_at()
+        written = (step >= 0) & (step < self.num_steps)
+        local = torch.where(written, step % num_steps, step.clamp(max=num_steps))
+        ids, is_open, written, local = (
+            part.unflatten(1, (-1, size)).flatten(0, 1)
+            for part in (self.trace_ids(), self.completion_mask.bool(), written, local)
+        )
+        return Blocks(ids, is_open, written, local, num_steps)
 
     def states(self) -> tuple[Tensor, Tensor]:
         """The completion as it stood before each step that changed it.
@@ -68,7 +114,8 @@ class Rollout:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {n: change(value) for n, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 def _written_once(completion_ids: Tensor, revealed_at: Tensor, num_steps: int) -> Tensor:
@@ -102,11 +149,11 @@ def replay(events: Tensor, values: Tensor, given: Tensor, num_steps: int) -> tup
 
 
 def refuse_blocks(model: Any) -> None:
-    """ValueError for a model that attends block by block, of which sampling and training are not there yet."""
+    """ValueError for a model that attends block by block, which cannot be trained yet."""
     if (length := getattr(model, "block_length", None)) is not None:
         raise ValueError(
-            f"block_length={length}: this model attends block by block. It can be loaded, converted, merged and asked "
-            "for scores of noisy copies (ScoringPass.copies); sampling, estimators and trainers take models with full "
+            f"block_length={length}: this model attends block by block. It can be loaded, converted, merged, sampled "
+            "and asked for scores of noisy copies (ScoringPass.copies); estimators and trainers take models with full "
             "attention only: load one of those, or convert with convert='bidirectional'."
         )
 
@@ -127,7 +174,34 @@ def check_prompts(prompt_ids: Tensor, prompt_mask: Tensor, may_be_empty: bool = 
     return prompt_mask
 
 
-def completion_mask_of(completion_ids: Tensor, end_ids: Tensor) -> Tensor:
-    """True up to and including the first end-of-text token, [B, C] bool."""
-    is_end = torch.isin(completion_ids, end_ids)
-    return is_end.int().cumsum(1) - is_end.int() == 0
+def align(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, block_length: int, width: int, fill: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same texts with prompts of whole blocks of b tokens, counted from each text's first token.
+
+    Args:
+        prompt_ids: [B, P], padded on the left, as prompt_mask [B, P] bool says.
+        completion_ids: [B, C] what follows the prompt.
+        width: of the canvas, C'; what does not fit on it is cut off.
+        fill: the token on padding, and behind the completion.
+
+    Returns:
+        prompt_ids and prompt_mask [B, P'], where P' is a multiple of b and may be 0; the canvas [B, C'], which begins
+        with the last r tokens of the prompt; and r [B], the prompt's length modulo b.
+    """
+    num_prompt, lengths = prompt_mask.shape[1], prompt_mask.sum(1)
+    tail = lengths % block_length
+    aligned = int((lengths - tail).max())
+    text = torch.cat([prompt_ids, completion_ids], 1)
+    column = torch.arange(aligned + width, device=text.device) + (num_prompt - aligned) - tail[:, None]
+    inside = (column >= (num_prompt - lengths)[:, None]) & (column < text.shape[1])
+    text = text.gather(1, column.clamp(0, text.shape[1] - 1)).where(inside, fill)
+    return text[:, :aligned], inside[:, :aligned], text[:, aligned:], tail
+
+
+def completion_mask_of(completion_ids: Tensor, end_ids: Tensor, prompt_tail: Tensor | None = None) -> Tensor:
+    """True up to and including the first end-of-text token, [B, C] bool, and behind the prompt's last tokens [B]."""
+    tail = completion_ids.new_zeros(len(completion_ids)) if prompt_tail is None else prompt_tail
+    behind = torch.arange(completion_ids.shape[1], device=completion_ids.device) >= tail[:, None]
+    is_end = torch.isin(completion_ids, end_ids) & behind
+    return (is_end.int().cumsum(1) - is_end.int() == 0) & behind
