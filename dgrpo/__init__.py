@@ -1,5 +1,9 @@
 """Reinforcement learning from verifiable rewards for masked diffusion language models."""
 
+import functools
+import importlib.abc
+import importlib.util
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -52,6 +56,42 @@ __all__ = [
     "load_model",
     "per_token_logps",
 ]
+
+
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+def _register_on_first_use(auto) -> None:
+    """Lets transformers' auto classes find the families: all of them ask AutoConfig first."""
+    original = auto.AutoConfig.__dict__["from_pretrained"]
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls, *args, **kwargs):
+        auto.AutoConfig.from_pretrained = original
+        import_module("dgrpo.models")
+        return cls.from_pretrained(*args, **kwargs)
+
+    auto.AutoConfig.from_pretrained = classmethod(from_pretrained)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Does so as soon as somebody imports these classes: importing dgrpo alone stays light."""
+
+    def find_spec(self, name, path, target=None):
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), _register_on_first_use(module))
+        return spec
+
+
+if _AUTO in sys.modules:
+    _register_on_first_use(sys.modules[_AUTO])
+else:
+    sys.meta_path.insert(0, _WhenImported())
 
 
 def __getattr__(name: str):

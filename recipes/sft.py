@@ -18,6 +18,7 @@ from trl import ModelConfig
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.cli import one_line_errors
 from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k
 from dgrpo.tasks.task import read_rows
@@ -63,6 +64,8 @@ def run() -> None:
             model = get_peft_model(model, peft_config)
         trainer = MaskedSFTTrainer(model, args, dataset, processing_class=tokenizer)
         train_until_stopped(trainer, checkpoint, recipe, model_config)
+        if trainer.is_world_process_zero():
+            publish(args)
 
 
 if __name__ == "__main__":

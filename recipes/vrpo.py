@@ -16,6 +16,7 @@ from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
 from dgrpo.cli import one_line_errors
 from dgrpo.evaluation.answers import evaluate
 from dgrpo.run import parse_recipe, prepare_model
+from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
 from dgrpo.tasks.task import read_rows
@@ -57,6 +58,8 @@ def run() -> None:
         evaluated = embedded and recipe.num_eval_problems and trainer.is_world_process_zero()
         before = accuracy(model, tokenizer, recipe.num_eval_problems) if evaluated else ""
         train_until_stopped(trainer, checkpoint, recipe, model_config)
+        if trainer.is_world_process_zero():
+            publish(args)
         if evaluated:
             print(f"before: {before}\nafter:  {accuracy(model, tokenizer, recipe.num_eval_problems)}")
 

@@ -11,7 +11,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -100,7 +102,8 @@ def _register() -> None:
     """Let transformers' auto classes load every family: TRL takes them for its reference model."""
     published = [model_type for family in FAMILIES.values() for model_type in family.published_as]
     for model_type, family in FAMILIES.items():
-        AutoModelForCausalLM.register(family.config_class, family.model_class, exist_ok=True)
+        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel):
+            auto.register(family.config_class, family.model_class, exist_ok=True)
         if model_type not in published:
             AutoConfig.register(model_type, family.config_class, exist_ok=True)
     for model_type in published:

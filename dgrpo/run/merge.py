@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from dgrpo.models.files import reading
 from dgrpo.models.loading import adapter_settings, load_model, put_adapter
+from dgrpo.run.card import run_of, write_card
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +71,9 @@ def merge_adapters(
     if (source / _INDEX).is_file():
         shutil.copyfile(source / _INDEX, output / _INDEX)
     copy_companions(source, output)
+    if adapters and (run := run_of(adapters[-1])):
+        # Instead of the base's own.
+        write_card(run, output, merged=True)
     return output
 
 

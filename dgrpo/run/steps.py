@@ -25,6 +25,7 @@ from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_run
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
+from dgrpo.run.card import publish
 from dgrpo.run.lock import locked
 from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
 from dgrpo.run.stopping import StopOnSignal
@@ -212,7 +213,8 @@ def train_until_stopped(trainer: Trainer, checkpoint: str | None, recipe: Any, m
             stop.leave()
     if stop.stopped:
         stop.leave()
-    trainer.save_model()
+    # Pushed when its card is written.
+    trainer.save_model(_internal_call=True)
     done, asked = trainer.state.global_step, trainer.state.max_steps
     if done < asked and not getattr(trainer.args, "stop_on_collapse", False):
         raise ValueError(
@@ -256,6 +258,7 @@ def train(
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         write_curves(output_dir)
         write_report(output_dir)
+        publish(trainer.args)
         show_summary(summary, samples[:4], output_dir)
     return summary
 
