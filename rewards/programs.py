@@ -34,6 +34,7 @@ object that equals everything, or by changing what the tests call); if it passes
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -48,6 +49,11 @@ SLOW_LIMITS = sandbox.Limits(cpu_seconds=15)
 MAX_PROGRAM_CHARS = 50_000
 # Programs at once, where there are fewer processors too: those that sleep take up a place, but no processor.
 MIN_AT_ONCE, MAX_AT_ONCE = 16, 32
+
+# Coroutines, patches, captured output, files and reflection do not cross between two processes.
+NEEDS_ONE_PROCESS = re.compile(
+    r"\b(asyncio|await|patch|Mock|redirect_std\w+|sys\.std\w+|open\(|inspect\.|warnings\.|asdict|dataclasses\.|__cause__)"
+)
 
 Way = tuple[Callable[..., float], sandbox.Limits]
 Steps = tuple[tuple[str, bool], ...]  # the source of each, and whether it counts (`sandbox/judge.py`)
@@ -77,9 +83,10 @@ def runnable(tests: tuple[str, ...]) -> Steps:
 
 def share(outcome: sandbox.Outcome, steps: Steps) -> float:
     """The share of the counting steps that are told as passed."""
-    # Anything else is the complaint of a process that could not start.
-    passed = outcome.output.count("1") if set(outcome.output) <= set("01") else 0
-    return passed / sum(counts for _, counts in steps)
+    results, num_tests = outcome.output, sum(counts for _, counts in steps)
+    # Anything else is the complaint of a process that could not start, or was not written by the tests.
+    is_told = set(results) <= set("01") and len(results) <= num_tests
+    return results.count("1") / num_tests if is_told else 0.0
 
 
 def share_passed(program: str, steps: Steps, limits: sandbox.Limits) -> float:
@@ -96,10 +103,12 @@ def share_passed_together(program: str, steps: Steps, limits: sandbox.Limits) ->
 def way_of_judging(steps: Steps, reference: str | None) -> Way | None:
     """How a row is judged: in the first way in which its reference solution passes every test, or not at all.
 
-    Without a reference nothing tells a limit of ours from a fault of the program; such rows are judged across.
+    Without a reference nothing tells a limit of ours from a fault of the program; such rows are judged across, but for
+    those whose tests do what only one process allows.
     """
     if not steps or reference is None:
-        return (share_passed, LIMITS) if steps else None
+        together = any(NEEDS_ONE_PROCESS.search(source) for source, _ in steps)
+        return (share_passed_together if together else share_passed, LIMITS) if steps else None
     ways = [(judge, limits) for limits in (LIMITS, SLOW_LIMITS) for judge in (share_passed, share_passed_together)]
     return next((way for way in ways if way[0](reference, steps, way[1]) == 1.0), None)
 

@@ -134,7 +134,7 @@ def send(**message):
         try: os.write(fd, len(data).to_bytes(8, 'big') + data)
         except OSError: pass
 send(names={'__builtins__': {'dict': []}, 'all': {'mine': 0}}, errors={'AssertionError': ['int']})
-send(do='getattr', on={'yours': 0}, args=['__globals__'], kwargs={})
+send(do='getattr', on={'yours': 0}, args=['__globals__'], names=[], kwargs=[])
 send(result={'mine': 0})
 send(result=0)
 """,

@@ -3,10 +3,12 @@
 # ruff: noqa: E501 - programs and tests as one line each
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from rewards import programs as rewards_programs
+from rewards import sandbox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 
@@ -231,3 +233,70 @@ def test_what_cheats_scores_zero():
     assert scores(CHEATS) == dict.fromkeys(CHEATS, 0.0)
     honest = ["def f(*a): return 0" for _ in CHEATS]
     assert set(scores(CHEATS, honest).values()) <= {0.0, None}
+
+
+def read_cases(name):
+    """The parts of a file of programs, by what stands behind `=== `."""
+    text = (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
+    return {title: body for title, _, body in (part.partition("\n") for part in text.split("=== ")[1:])}
+
+
+HONEST = {name: tuple(body.split("\n---\n")) for name, body in read_cases("honest_programs.txt").items()}
+EXPECTED = "expected = 2\ndef test_f():\n    assert f(1) == expected\n"
+HOSTILE = {name: (program, EXPECTED) for name, program in read_cases("hostile_programs.txt").items()}
+# Operators of the program's objects with plain operands do not cross; only a reference tells this from a fault.
+ONLY_WITH_REFERENCE = {"vector arithmetic with numbers"}
+
+
+def check_honest(cases):
+    assert scores(cases, [program for program, _ in cases.values()]) == dict.fromkeys(cases, 1.0)
+    alone = {name: case for name, case in cases.items() if name not in ONLY_WITH_REFERENCE}
+    assert scores(alone) == dict.fromkeys(alone, 1.0)
+
+
+def check_hostile(cases):
+    assert scores(cases) == dict.fromkeys(cases, 0.0)
+    assert scores({"next": ("def f(x): return 2", EXPECTED)}) == {"next": 1.0}
+
+
+def test_some_honest_and_hostile_programs(monkeypatch):
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=1, cpu_seconds=1))
+    check_honest(dict(list(HONEST.items())[1::12]))
+    check_hostile(dict(list(HOSTILE.items())[::6]))
+
+
+@pytest.mark.slow
+def test_all_honest_programs_pass_with_and_without_their_reference():
+    assert len(HONEST) + len(ACROSS) + len(TOGETHER) > 100
+    check_honest(HONEST)
+
+
+@pytest.mark.slow
+def test_all_hostile_programs_score_zero_and_hurt_nobody():
+    assert len(HOSTILE) > 60
+    check_hostile(HOSTILE)
+    # Beside their tests some could cheat, but not by more than one point, nor hurt anybody either.
+    beside = {
+        name: (program, EXPECTED + "import inspect\ninspect.getdoc(f)\n") for name, (program, _) in HOSTILE.items()
+    }
+    assert set(scores(beside).values()) <= {0.0, 1.0}
+    check_hostile(dict(list(HOSTILE.items())[:3]))
+
+
+@pytest.mark.slow
+def test_many_sleeping_programs_cost_their_own_rows_and_little_time(monkeypatch):
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=1))
+    cases = {str(n): HOSTILE["sleeps"] for n in range(128)} | {"right": ("def f(x): return 2", EXPECTED)}
+    assert scores(cases) == dict.fromkeys(cases, 0.0) | {"right": 1.0}
+
+
+def test_results_that_the_tests_did_not_write_do_not_count():
+    program = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'1' * 9)\n    except OSError: pass\ndef f(x): return 0"
+    assert scores({"beside": (program, EXPECTED + "import inspect\ninspect.getdoc(f)\n")}) == {"beside": 0.0}
+
+
+def test_a_row_whose_reference_takes_long_is_given_more_time(monkeypatch):
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(cpu_seconds=1))
+    slow = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return 2"
+    assert scores({"row": (slow, EXPECTED)}) == {"row": 0.0}
+    assert scores({"row": (slow, EXPECTED)}, [slow]) == {"row": 1.0}

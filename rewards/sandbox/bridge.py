@@ -5,10 +5,11 @@ executes the tests and reports each result on its own output. Between them go me
 pickles, so that a hostile program can do one thing only: choose what its functions return, raise, or leave in the
 lists that they were given.
 
-Plain values (numbers, strings, bytes, None, lists, tuples, sets, dicts, deques, fractions, decimals, dates, and what
-derives from them) are copied. Anything else stays where it is and the other side holds a `Remote`, which forwards
-calls, attributes, items, iteration and conversions. A `Remote` is equal to no plain value, and has no order or
-arithmetic with one: the program's process would see the expected value and could answer accordingly.
+Plain values (numbers, strings, bytes, None, lists, tuples, sets, dicts, deques, fractions, decimals, dates, Python's
+own exceptions, and what derives from containers without methods of its own) are copied. Anything else stays where it
+is and the other side holds a `Remote`, which forwards calls, attributes, items, iteration and conversions. A `Remote`
+is equal to no plain value, and has no order or arithmetic with one: the program's process would see the expected value
+and could answer accordingly.
 """
 
 import builtins
@@ -21,6 +22,7 @@ import operator
 import os
 import pathlib
 import sys
+import threading
 import types
 import uuid
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from typing import Any, NoReturn
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": collections.deque}
+FACTORIES: tuple[type, ...] = (list, dict, set, int, float, str, bool)
 MUTABLE = (list, dict, set, bytearray, collections.deque)
 BY_TEXT: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any] | None]] = {
     "Decimal": (decimal.Decimal, str, decimal.Decimal),
@@ -40,6 +43,7 @@ BY_TEXT: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any] | None
     "complex": (complex, repr, complex),
     "time": (datetime.time, datetime.time.isoformat, datetime.time.fromisoformat),
     "timedelta": (datetime.timedelta, lambda value: [value.days, value.seconds, value.microseconds], None),
+    "slice": (slice, lambda value: [value.start, value.stop, value.step], None),
     "range": (range, lambda value: [value.start, value.stop, value.step], None),
     "UUID": (uuid.UUID, str, uuid.UUID),
     "PurePosixPath": (pathlib.PurePosixPath, str, pathlib.PurePosixPath),
@@ -75,8 +79,9 @@ def plain_part(value: Any) -> Any:
 def stays(value: Any) -> bool:
     """Whether an object of a derived class has methods of its own, for which it must stay where it is."""
     kind = type(value)
-    own = kind.__module__ == "solution" and not hasattr(kind, "_fields")
-    return own and any(callable(item) and name[:1] != "_" for name, item in vars(kind).items())
+    return kind.__module__ == "solution" and any(
+        callable(item) and name[:1] != "_" for name, item in vars(kind).items()
+    )
 
 
 class Peer:
@@ -88,6 +93,7 @@ class Peer:
         self.objects: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.remotes: dict[int, Remote] = {}
+        self.lock = threading.RLock()  # for one request at a time, of whichever thread
         self.exceptions: dict[str, type[BaseException]] = {}
 
     def gone(self) -> NoReturn:
@@ -121,10 +127,14 @@ class Peer:
             return value
         if kind is Remote:
             return {"yours": object.__getattribute__(value, "_number")}
-        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+        if isinstance(value, tuple) and hasattr(kind, "_fields") and not stays(value):
             return {"named": [kind.__name__, list(kind._fields), [self.encode(item) for item in value]]}
         if kind in (dict, collections.Counter):
             return {kind.__name__: [[self.encode(key), self.encode(item)] for key, item in value.items()]}
+        if kind is collections.defaultdict and value.default_factory in FACTORIES:
+            return {kind.__name__: [value.default_factory.__name__, self.encode(dict(value))]}
+        if isinstance(value, BaseException) and getattr(builtins, kind.__name__, None) is kind:
+            return {"exception": [kind.__name__, [self.encode(item) for item in value.args]]}
         for name, container in CONTAINERS.items():
             if kind is container:
                 return {name: [self.encode(item) for item in value]}
@@ -155,6 +165,11 @@ class Peer:
         if name in ("dict", "Counter"):
             table = {self.decode(key): self.decode(item) for key, item in value}
             return table if name == "dict" else collections.Counter(table)
+        if name == "defaultdict":
+            factory = next(kind for kind in FACTORIES if kind.__name__ == value[0])
+            return collections.defaultdict(factory, self.decode(value[1]))
+        if name == "exception":
+            return self.exception(value[:1], "", [self.decode(item) for item in value[1]])
         if name == "named":
             return collections.namedtuple(value[0], value[1])(*map(self.decode, value[2]))
         if name in CONTAINERS:
@@ -166,15 +181,21 @@ class Peer:
 
     def ask(self, operation: str, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Have the other end do an operation, answering its requests meanwhile; its result, or its exception."""
+        with self.lock:
+            return self.ask_alone(operation, target, *args, **kwargs)
+
+    def ask_alone(self, operation: str, target: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        first = [next(i for i, other in enumerate(given) if other is value) for value in given]
+        sent = [
+            {"given": first[i]} if first[i] < i and type(value) in MUTABLE else self.encode(value)
+            for i, value in enumerate(given)
+        ]
         self.send(
-            do=operation,
-            on=self.encode(target),
-            args=[self.encode(value) for value in args],
-            kwargs={name: self.encode(value) for name, value in kwargs.items()},
+            do=operation, on=self.encode(target), args=sent[: len(args)], names=[*kwargs], kwargs=sent[len(args) :]
         )
         while "do" in (reply := self.receive()):
             self.answer(reply)
-        given = [*args, *kwargs.values()]
         try:
             for position, changed in reply.get("changed", []):
                 refill(given[position], self.decode(changed))
@@ -196,13 +217,15 @@ class Peer:
         """Do what the other end asked for, and send the result, the exception and the containers that it changed."""
         try:
             operation, target = request["do"], self.decode(request["on"])
-            args = [self.decode(value) for value in request["args"]]
-            kwargs = {name: self.decode(value) for name, value in request["kwargs"].items()}
+            given: list[Any] = []
+            for value in (before := [*request["args"], *request["kwargs"]]):
+                is_same = isinstance(value, dict) and "given" in value
+                given.append(given[value["given"]] if is_same else self.decode(value))
+            args = given[: len(request["args"])]
+            kwargs = dict(zip(request["names"], given[len(args) :], strict=True))
             if self.judges and not is_allowed(operation, target, args):
                 raise AttributeError(operation)
             result = OPERATIONS[operation](target, *args, **kwargs)
-            before = [*request["args"], *request["kwargs"].values()]
-            given = [*args, *kwargs.values()]
             after = [self.encode(value) if type(value) in MUTABLE else None for value in given]
             changed = [(i, now) for i, now in enumerate(after) if now is not None and now != before[i]]
             same = [i for i, value in enumerate(given) if value is result and type(value) in MUTABLE]
