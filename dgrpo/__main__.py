@@ -4,6 +4,7 @@
   dgrpo report runs/gsm8k               writes runs/gsm8k/report.html: curves, and completions worth reading
   dgrpo evaluate --task gsm8k --adapter none runs/gsm8k      accuracy before and after
   dgrpo watch --adapter runs/gsm8k      plays how an answer is denoised
+  dgrpo plan --config gsm8k_llada_8b    what a run will cost on a GPU, before it is rented
 
 `dgrpo COMMAND --help` says more. On several GPUs: `accelerate launch --config_file FILE -m dgrpo train ...`.
 """
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from dgrpo import __version__
-from dgrpo.cli import RECIPES, TRAINABLE, one_line_errors, run_recipe
+from dgrpo.cli import CARDS, RECIPES, TRAINABLE, found_file, one_line_errors, run_recipe
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 
@@ -87,6 +88,14 @@ def report(arguments: argparse.Namespace) -> None:
         print(write_curves(arguments.folder))
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints what a recipe's run will cost."""
+    from dgrpo.run.plan import main
+
+    arguments.config = found_file("--config", arguments.config)
+    main(arguments)
+
+
 def check_rows(arguments: argparse.Namespace) -> None:
     """Puts the references of a dataset's training rows through rewards and says how many pass."""
     from dgrpo.run.validate import validate
@@ -147,6 +156,20 @@ def build_parser() -> argparse.ArgumentParser:
     checking.add_argument("--left_out", default="left_out.jsonl", help="where rows that fail are written")
     checking.set_defaults(run=check_rows)
 
+    planning = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="what a run will cost: passes, FLOPs, memory, hours",
+        description="From the recipe and the model's configuration alone: nothing is downloaded or loaded.",
+        epilog="Further settings are those of `dgrpo train`, such as --views_per_pass 1.",
+    )
+    planning.add_argument("--config", required=True, help="a recipe's YAML, or its name among the recipes")
+    planning.add_argument("--card", default="h100", choices=CARDS, help="the GPU")
+    planning.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU")
+    planning.add_argument("--zero", type=int, default=0, choices=(0, 2, 3), help="DeepSpeed's stage")
+    planning.add_argument("--prompt_tokens", type=int, help="default: max_prompt_length, or 200")
+    planning.set_defaults(run=plan)
+
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")
     comparing.add_argument("runs", nargs="+", type=Path, help="run folders")
     comparing.add_argument("--png", default="compare.png", help="where to draw the curves")
@@ -178,7 +201,12 @@ def main(argv: list[str] | None = None) -> None:
         if argv[:1] in (["evaluate"], ["merge"]):
             run_recipe(argv[0], argv[1:])
         else:
-            arguments = build_parser().parse_args(argv)
+            parser = build_parser()
+            arguments, settings = parser.parse_known_args(argv)
+            if settings and arguments.command != "plan":
+                parser.error(f"unrecognized arguments: {' '.join(settings)}")
+            if arguments.command == "plan":
+                arguments.settings = settings
             arguments.run(arguments)
 
 

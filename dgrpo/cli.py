@@ -21,6 +21,18 @@ TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not
 # How long the other processes of a machine leave it to the first one to say what is wrong.
 SECONDS_FOR_THE_FIRST = 10.0
 
+# GPUs that `dgrpo plan` knows: memory in GB and dense bfloat16 TFLOP/s, from the makers' data sheets.
+CARDS = {
+    "h200": (141, 989),
+    "h100": (80, 989),
+    "a100-80": (80, 312),
+    "a100-40": (40, 312),
+    "l40s": (48, 362),
+    "a6000": (48, 155),
+    "rtx4090": (24, 165),
+    "rtx3090": (24, 71),
+}
+
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
