@@ -12,7 +12,8 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "Installing torch and the rest into $(VENV): minutes, depending on the network"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 gsm8k: install

@@ -28,6 +28,7 @@ from dgrpo.evaluation.samples import check_selection
 from dgrpo.evaluation.stored import grade_setups, infer_task
 from dgrpo.models.loading import load_config
 from dgrpo.report.run_folder import read_config
+from dgrpo.run.callbacks import no_bars_without_a_terminal, shows_bars
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
@@ -93,6 +94,7 @@ def samplers(
 
 
 def grade_models(arguments: argparse.Namespace) -> None:
+    no_bars_without_a_terminal()
     state = processes(arguments.device)
     if arguments.device not in (None, state.device.type):
         raise ValueError(f"device={arguments.device!r}: there is none here, or accelerate is set to another.")
@@ -118,7 +120,7 @@ def grade_models(arguments: argparse.Namespace) -> None:
         instruction=run.get("instruction") if arguments.instruction is None else arguments.instruction,
     )
     folder, results = Path(arguments.output_dir), []
-    with Progress(transient=True, disable=not state.is_main_process) as progress:
+    with Progress(transient=True, disable=not (state.is_main_process and shows_bars())) as progress:
         for checkpoint in chosen:
 
             def on_start(name: str, total: int, done: int, label: str = checkpoint.label) -> Callable[[int], None]:

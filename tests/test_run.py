@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,11 @@ import pytest
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from dgrpo import run
 from dgrpo.evaluation.answers import Evaluation
-from dgrpo.run import summary
+from dgrpo.run import callbacks, summary
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile
 from dgrpo.tasks import TASKS, gsm8k
 
@@ -156,3 +157,55 @@ def test_evaluation_asks_as_the_run_that_wrote_the_checkpoint_did(asked, tmp_pat
     # Divided sources hold out a fifth, which may be far more than anybody waits for.
     assert TASKS["countdown"].held_out_split is None
     assert asked("--task", "countdown", "--model", "owner/m")[0] == (None, None, 512, None)
+
+
+def test_a_line_of_metrics_fits_eighty_columns_and_begins_with_what_matters_most():
+    logs = {
+        "reward": 0.2578,
+        "rewards/format_reward/mean": 1.0,
+        "completions/mean_length": 128.25,
+        "frac_reward_zero_std": 1.0,
+        "kl": 0.01234,
+        "clip_ratio/region_mean": 0.123,
+        "entropy": 0.94,
+        "tokens_per_second": 12345.0,
+    }
+    line = callbacks.metrics_line(1, 24, logs)
+    assert line == "step  1/24  reward 0.258  reasons 100%  length 128.2  equal 100%  kl 0.012"
+    assert len(callbacks.metrics_line(12345, 12345, logs)) <= 80
+    assert callbacks.metrics_line(1, 2, {"entropy": 0.5, "kl": None}) == "step 1/2  entropy 0.50"
+
+
+class Tracker(TrainerCallback):
+    """A tracker of a kind that nobody here has heard of."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append(logs)
+
+
+def test_a_run_without_a_terminal_draws_no_bars_stores_completions_once_and_tells_every_tracker(
+    main, monkeypatch, capfd
+):
+    tracker = Tracker()
+    monkeypatch.setitem(callbacks.INTEGRATION_TO_CALLBACK, "own", Tracker)
+    attach = run.steps.attach
+    monkeypatch.setattr(run.steps, "attach", lambda trainer, more: attach(trainer, [tracker, *more]))
+    words = ["--max_steps", "4", "--num_iterations", "2", "--log_completions", "true", "--disable_tqdm", "false"]
+    folder = main(*words)
+    assert sum("eval_accuracy" in logs for logs in tracker.logged) == 2
+    stored = sorted(path.name for path in (folder / "completions").iterdir())
+    assert stored == ["completions_00001.parquet", "completions_00003.parquet"]
+    shown = capfd.readouterr()
+    assert "it/s]" not in shown.out + shown.err
+    assert "\r" not in shown.err
+    assert max(map(len, re.findall(r"^step .*", shown.out, re.MULTILINE))) <= 80
+
+
+def test_bars_are_for_terminals(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert not callbacks.shows_bars()
+    monkeypatch.setattr(sys, "stdout", type("Terminal", (), {"isatty": lambda self: True})())
+    assert callbacks.shows_bars()

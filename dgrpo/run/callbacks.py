@@ -1,7 +1,9 @@
 """What a run shows and writes while it trains: progress, a line of metrics, metrics.csv, held-out accuracy."""
 
+import contextlib
 import csv
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,10 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
+import transformers
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from huggingface_hub.utils import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.models import unwrap_model_for_generation
 
 from dgrpo.evaluation.answers import Evaluation, as_in_training, evaluate, greedy
@@ -21,14 +27,15 @@ from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import Task
 from dgrpo.trainers import DiffuGRPOTrainer
 
-# Metric as it is logged, its name and format in the line that is printed.
+# Metric as it is logged, its name and format in the line that is printed, as many as fit. `equal`: groups of which all
+# rewards are equal.
 _SHOWN = {
     "reward": ("reward", "{:.3f}"),
     "rewards/format_reward/mean": ("reasons", "{:.0%}"),
     "completions/mean_length": ("length", "{:.1f}"),
-    "frac_reward_zero_std": ("groups without spread", "{:.0%}"),
-    "kl": ("kl", "{:.4f}"),
-    "clip_ratio/region_mean": ("clipped", "{:.1%}"),
+    "frac_reward_zero_std": ("equal", "{:.0%}"),
+    "kl": ("kl", "{:.3f}"),
+    "clip_ratio/region_mean": ("clip", "{:.0%}"),
     "entropy": ("entropy", "{:.2f}"),
     "tokens_per_second": ("tokens/s", "{:.0f}"),
 }
@@ -39,10 +46,41 @@ _SHOWN = {
 _OF_UPDATES = ("kl", "clip_ratio/region_mean", "entropy")
 
 
+COLUMNS = 80
+
+
 def metrics_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
-    """One readable line of what matters in `logs`."""
-    shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in _SHOWN.items() if logs.get(key) is not None]
-    return f"step {step:>{len(str(max_steps))}}/{max_steps}  " + "  ".join(shown)
+    """One readable line of what matters in `logs`, of at most 80 columns."""
+    line = f"step {step:>{len(str(max_steps))}}/{max_steps}"
+    for key, (name, form) in _SHOWN.items():
+        if logs.get(key) is not None and len(longer := f"{line}  {name} {form.format(logs[key])}") <= COLUMNS:
+            line = longer
+    return line
+
+
+def shows_bars() -> bool:
+    """Whether progress bars are drawn: only where a person watches them."""
+    with contextlib.suppress(AttributeError, ValueError):
+        return sys.stdout.isatty()
+    return False
+
+
+def no_bars_without_a_terminal() -> None:
+    """Turns the libraries' own progress bars off where standard output is a file or a pipe."""
+    if not shows_bars():
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+
+
+class CompletionsOnce(TrainerCallback):
+    """Has TRL store completions when a rollout is logged, not again at each inner update on it."""
+
+    def __init__(self, trainer: DiffuGRPOTrainer):
+        self.trainer, self.wanted = trainer, trainer.log_completions
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.trainer.log_completions = self.wanted and not {"reward", "eval_reward"}.isdisjoint(logs or {})
 
 
 class ProgressLine(ProgressCallback):
@@ -52,6 +90,22 @@ class ProgressLine(ProgressCallback):
         super().__init__()
         self.trainer, self.sample_every, self.rollouts = trainer, sample_every, 0
         self.of_updates: dict[str, list[float]] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if shows_bars():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.training_bar is not None:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def write(self, text: str) -> None:
         (self.training_bar or tqdm).write(text)
@@ -146,9 +200,8 @@ class HeldOutEvaluation(TrainerCallback):
         trainer, accelerator, started = self.trainer, self.trainer.accelerator, time.perf_counter()
         plugin = accelerator.state.deepspeed_plugin
         partitioned = trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-        bar = tqdm(
-            total=len(self.rows), desc="held-out problems", leave=False, disable=not accelerator.is_main_process
-        )
+        hidden = not (accelerator.is_main_process and shows_bars())
+        bar = tqdm(total=len(self.rows), desc="held-out problems", leave=False, disable=hidden)
         with (
             bar,
             unwrap_model_for_generation(
@@ -182,8 +235,8 @@ class HeldOutEvaluation(TrainerCallback):
         if trainer.state.is_world_process_zero:
             self.metrics.add(step, logs)
             for callback in trainer.callback_handler.callbacks:
-                if type(callback).__name__ in ("TensorBoardCallback", "WandbCallback", "TrackioCallback"):
-                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs))
+                if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
+                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
             low, high = found.interval
             tqdm.write(
                 f"held-out accuracy at step {step}: {found.accuracy:.1%} ({low:.1%} to {high:.1%}, n={found.n}), "
@@ -238,5 +291,5 @@ def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> N
     """Puts callbacks on a trainer in place of transformers' own progress output."""
     for printed in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printed)
-    for callback in callbacks:
+    for callback in [*callbacks, CompletionsOnce(trainer)]:
         trainer.add_callback(callback)

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
@@ -24,7 +24,14 @@ from dgrpo.models.loading import family_of
 from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
-from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile, ProgressLine, attach
+from dgrpo.run.callbacks import (
+    HeldOutEvaluation,
+    MetricsFile,
+    ProgressLine,
+    attach,
+    no_bars_without_a_terminal,
+    shows_bars,
+)
 from dgrpo.run.card import publish
 from dgrpo.run.lock import locked
 from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
@@ -179,6 +186,7 @@ def run_folder(args: TrainingArguments, recipe: Any, model_config: ModelConfig) 
         OSError: something in the folder could not be written, as on a full disk; with the remedy.
     """
     model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
+    no_bars_without_a_terminal()
     main = PartialState().is_main_process
     with _told_where(args.output_dir), locked(args.output_dir) if main else contextlib.nullcontext():
         checkpoint = resume_checkpoint(args.output_dir, recipe.resume)
@@ -201,6 +209,10 @@ def train_until_stopped(trainer: Trainer, checkpoint: str | None, recipe: Any, m
     if trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
         write_config(Path(trainer.args.output_dir), recipe, trainer.args, model_config, resumed=checkpoint is not None)
+    if not shows_bars() and any(type(each) is ProgressCallback for each in trainer.callback_handler.callbacks):
+        # A line for each record instead of transformers' own bar.
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(PrinterCallback)
     stop = StopOnSignal(trainer)
     trainer.add_callback(stop)
     for callback in trainer.callback_handler.callbacks:
