@@ -117,6 +117,8 @@ def asked(monkeypatch, tmp_path):
 
     for name, stub in (("load_rows", load_rows), ("evaluate_checkpoint", evaluate_checkpoint)):
         monkeypatch.setattr(recipe, name, stub)
+    # Models that are nowhere: no configuration says that they attend block by block.
+    monkeypatch.setattr(recipe, "load_config", lambda name: None)
     for name in ("write_results", "show_results", "default_to_one_thread"):
         monkeypatch.setattr(recipe, name, lambda *given: None)
 
