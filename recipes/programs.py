@@ -4,7 +4,7 @@
     accelerate launch --config_file recipes/accelerate/zero2_8gpu.yaml recipes/programs.py \\
         --config recipes/programs_llada_8b.yaml                           # LLaDA-8B-Instruct
 
-Programs run in a sandbox (`rewards/sandbox.py`).
+Programs run in a sandbox (`rewards/sandbox`).
 """
 
 from dgrpo.run import main

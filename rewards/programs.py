@@ -24,7 +24,8 @@ tests' own set-up fails before it needs the program. The tests alone decide this
 pass between them (`rewards/sandbox/bridge.py`): there is no marker to print, no exit code to fake, no assertion, frame
 or built-in function to change, and an object that claims to equal everything equals nothing. What remains are objects
 of the program's own classes: whether two of them are equal is, as in any test, the class's word. The price: tests
-cannot compare such objects with plain values, subclass the program's classes, or share files with the program.
+cannot compare such objects with plain values, subclass the program's classes, or share files with the program. Tests
+that patch, capture output, await, inspect or open files (`NEEDS_ONE_PROCESS`) run beside the program instead.
 
 **A limit of ours is not charged to the model**, where the row carries a reference solution (column `solution`): if it
 passes across the two sandboxes, so are completions judged; if it passes only with its tests in one confined process,
@@ -137,7 +138,7 @@ def tests_reward(
         solution: For each completion the reference solution of its row, or None. A row whose reference fails is None.
         columns: The other columns; `log_metric` is told the share of rows judged together with their tests.
 
-    As many rows run at once as there are processors. RuntimeError where the machine cannot confine programs.
+    Up to `MAX_AT_ONCE` rows run at once. RuntimeError where the machine cannot confine programs.
     """
     texts = [(row,) if isinstance(row, str) else tuple(row or ()) for row in tests]
     references = [row if isinstance(row, str) and row.strip() else None for row in solution or [None] * len(texts)]

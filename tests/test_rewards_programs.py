@@ -180,6 +180,7 @@ def add(a, b):
 }
 
 
+@pytest.mark.slow
 def test_hostile_programs_score_zero(monkeypatch):
     monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=30.0, cpu_seconds=1))
     got = scores(HOSTILE.values(), TESTS)
@@ -364,6 +365,7 @@ def test_a_name_of_the_tests_is_never_the_programs():
     assert scores(["def f(x): return x", program], "expected = f(1) + 1\nassert f(2) == expected") == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_tests_before_a_limit_count(monkeypatch):
     monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=30.0, cpu_seconds=1))
     program = "def add(a, b):\n    while a > 5: pass\n    return a + b"

@@ -260,9 +260,10 @@ def check_hostile(cases):
 
 
 def test_some_honest_and_hostile_programs(monkeypatch):
-    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=1, cpu_seconds=1))
-    check_honest(dict(list(HONEST.items())[1::12]))
-    check_hostile(dict(list(HOSTILE.items())[::6]))
+    monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(idle_seconds=0.5))
+    check_honest(dict(list(HONEST.items())[1::16]))
+    names = ("signals by number of system call", "fork bomb", "fills the disk with many files", "sleeps", "ptrace")
+    check_hostile({name: HOSTILE[name] for name in names})
 
 
 @pytest.mark.slow
@@ -295,6 +296,7 @@ def test_results_that_the_tests_did_not_write_do_not_count():
     assert scores({"beside": (program, EXPECTED + "import inspect\ninspect.getdoc(f)\n")}) == {"beside": 0.0}
 
 
+@pytest.mark.slow
 def test_a_row_whose_reference_takes_long_is_given_more_time(monkeypatch):
     monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(cpu_seconds=1))
     slow = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return 2"
