@@ -105,6 +105,9 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     if run.preset is not None:
         argv += ["--preset", str(ROOT / "recipes" / "presets" / f"{run.preset}.yaml")]
     recipe, args, model_config = parse_recipe(str(recipe_file), argv=argv)
+    # The studies ask what a method does, not what a shortcut of the rollouts changes.
+    for name in {"threshold", "cache"} - set(run.settings):
+        setattr(args, name, None)
     trainer, held_out = build(TASKS[run.task], recipe, args, model_config, estimator=run.estimator)
     for printed in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printed)

@@ -28,6 +28,7 @@ from dgrpo.evaluation.samples import check_selection
 from dgrpo.evaluation.stored import grade_setups, infer_task
 from dgrpo.models.loading import load_config
 from dgrpo.report.run_folder import read_config
+from dgrpo.run.allocator import keep_freed_memory
 from dgrpo.run.callbacks import no_bars_without_a_terminal, shows_bars
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
@@ -98,6 +99,8 @@ def grade_models(arguments: argparse.Namespace) -> None:
     state = processes(arguments.device)
     if arguments.device not in (None, state.device.type):
         raise ValueError(f"device={arguments.device!r}: there is none here, or accelerate is set to another.")
+    if state.device.type == "cpu":
+        keep_freed_memory()
     task = TASKS[arguments.task]
     embedded_folder = embedded_checkpoint(task)
     chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)

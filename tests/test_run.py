@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
+import platform
 import re
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +87,7 @@ def test_a_resumed_run_began_with_what_its_first_part_measured(tmp_path, monkeyp
 def test_brackets_in_a_question_are_shown_as_they_are(capsys, tmp_path):
     side = Evaluation(["x"], [True], [False], [1], 1.0, 1).summary()
     came_to = {"task": "t", "before": side, "after": side, "steps": 1, "wall_seconds": 1.0, "cpu_seconds": 1.0}
+    came_to["eval_sampler"] = "exact"
     sample = {"prompt": "What is list[int] in [/INST]?", "gold": "[a, b]", "before": "[x]", "after": "[/y]"}
     summary.show_summary(came_to, [sample], tmp_path)
     shown = capsys.readouterr().out
@@ -211,3 +215,29 @@ def test_bars_are_for_terminals(monkeypatch):
     assert not callbacks.shows_bars()
     monkeypatch.setattr(sys, "stdout", type("Terminal", (), {"isatty": lambda self: True})())
     assert callbacks.shows_bars()
+
+
+ALLOCATOR = """
+import resource
+from dgrpo.run.allocator import keep_freed_memory
+told = keep_freed_memory()
+import torch
+torch.set_num_threads(1)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    before = faults()
+    for _ in range(20):
+        torch.zeros(2**23)
+print(told, faults() - before < 2000)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize(("environment", "told"), [({}, True), ({"DGRPO_KEEP_MEMORY": "0"}, False)])
+def test_freed_memory_is_kept_unless_the_environment_says_no(environment, told):
+    """Twenty tensors of 32 MiB, one after the other: 163,840 page faults where each is fetched anew."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", ALLOCATOR]
+    found = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(told), str(told)]

@@ -202,6 +202,13 @@ def test_watching_the_kl_does_not_change_training(trainer, tiny_llada):
     assert min(logs[1]) > 0
 
 
+def test_the_reference_is_scored_for_a_metric_only_where_it_is_due(trainer):
+    run = trainer(lora=lora(), log_kl=True, log_kl_every=2, num_iterations=2, max_steps=8, reward=place_in_group)
+    run.train()
+    rows = [row for row in run.state.log_history if "loss" in row]
+    assert ["kl" in row for row in rows] == [True, True, False, False, True, True, False, False]
+
+
 def test_exact_kl_is_the_mean_of_the_divergences_and_pulls_towards_the_reference(trainer, tiny_llada):
     finals = {}
     for beta in (1e-6, 10.0):
@@ -460,6 +467,22 @@ def test_held_out_prompts_are_put_as_the_training_prompts_are(trainer, tmp_path,
     metrics = callbacks.MetricsFile(tmp_path / "metrics.csv")
     callbacks.HeldOutEvaluation(run, TASKS["gsm8k"], Dataset.from_list([{"prompt": "a"}]), 0, metrics).measure()
     assert seen == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "cache"), [("exact", None, None), ("parallel", 0.9, None), ("training", 0.9, "dual")]
+)
+def test_held_out_problems_are_decoded_as_asked(trainer, tmp_path, monkeypatch, name, threshold, cache):
+    seen = []
+    monkeypatch.setattr(
+        callbacks,
+        "evaluate",
+        lambda *args, **settings: seen.append(args[4]) or Evaluation([""], [True], [False], [1], 1.0, 1),
+    )
+    run, metrics = trainer(threshold=0.9, cache="dual"), callbacks.MetricsFile(tmp_path / "metrics.csv")
+    rows = Dataset.from_list([{"prompt": "a"}])
+    callbacks.HeldOutEvaluation(run, TASKS["gsm8k"], rows, 0, metrics, sampler=name).measure()
+    assert [(each.threshold, each.cache, each.temperature) for each in seen] == [(threshold, cache, 0.0)]
 
 
 def test_rewards_of_an_evaluation_do_not_depend_on_its_batches(trainer):

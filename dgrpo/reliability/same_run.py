@@ -23,6 +23,7 @@ _MAY_CHANGE = """
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen log_completions log_unique_prompts log_multimodal
     num_completions_to_print log_completions_hub_repo sample_every evaluate_every keep_best agreement_every
+    log_kl_every eval_sampler
     eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
     prediction_loss_only num_generations_eval save_strategy save_steps save_total_limit save_only_model
     save_on_each_node enable_jit_checkpoint push_to_hub hub_token hub_private_repo hub_model_id hub_strategy

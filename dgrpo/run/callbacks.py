@@ -182,7 +182,7 @@ class HeldOutEvaluation(TrainerCallback):
         metrics: MetricsFile,
         keeps_best: bool = False,
         coverage_problems: int = 0,
-        sampler: Literal["exact", "training"] = "exact",
+        sampler: Literal["exact", "parallel", "training"] = "exact",
     ):
         self.trainer, self.task, self.rows, self.every, self.metrics = trainer, task, list(rows), every, metrics
         self.keeps_best, self.coverage_problems, self.sampler = keeps_best, coverage_problems, sampler
@@ -223,7 +223,8 @@ class HeldOutEvaluation(TrainerCallback):
             }
             asked = (model, trainer.processing_class)
             config = replace(trainer.sampler_config, temperature=0.0)
-            config = greedy(config) if self.sampler == "exact" else config
+            if self.sampler != "training":
+                config = greedy(config) if self.sampler == "exact" else replace(config, cache=None, cache_refresh=None)
             found = evaluate(*asked, self.rows, self.task.grade, config, on_batch=bar.update, **settings)
             if with_coverage and self.coverage_problems:
                 few = self.rows[: self.coverage_problems]

@@ -32,9 +32,12 @@ class RecipeConfig:
     num_train_problems: int | None = field(default=None, metadata={"help": "Use only so many training problems."})
     num_eval_problems: int = field(default=512, metadata={"help": "Held-out problems of each evaluation."})
     evaluate_every: int = field(default=0, metadata={"help": "Updates between evaluations; 0: before and after only."})
-    eval_sampler: Literal["exact", "training"] = field(
+    eval_sampler: Literal["exact", "parallel", "training"] = field(
         default="exact",
-        metadata={"help": "Evaluate by the exact sampler, or with the shortcuts of the rollouts (threshold, cache)."},
+        metadata={
+            "help": "Evaluate by the exact sampler; with the rollouts' parallel decoding (threshold and its kin), but "
+            "without a cache; or with all of their shortcuts."
+        },
     )
     coverage_problems: int = field(
         default=0,

@@ -24,6 +24,7 @@ from dgrpo.models.loading import family_of
 from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
+from dgrpo.run.allocator import keep_freed_memory
 from dgrpo.run.callbacks import (
     HeldOutEvaluation,
     MetricsFile,
@@ -78,6 +79,8 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     if name == EMBEDDED:
         name = str(embedded_checkpoint(task))
         default_to_one_thread()
+    if args.device.type == "cpu":
+        keep_freed_memory()
     convert = getattr(recipe, "convert", None)
     # Without an adapter, and without DeepSpeed's float32 copies, updates of weights in bfloat16 round to nothing.
     rounds = not (model_config.use_peft or recipe.adapter_name_or_path or args.deepspeed_plugin)

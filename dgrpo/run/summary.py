@@ -26,6 +26,7 @@ def summary_of(
         "task": evaluation.task.name,
         "model": model_config.model_name_or_path,
         "seed": args.seed,
+        "eval_sampler": evaluation.sampler,
         "before": evaluation.before.summary(),
         "after": evaluation.after.summary(),
         "flips": evaluation.before.flips(evaluation.after),
@@ -64,7 +65,8 @@ def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
         console.print(f"\n[bold]{prompt}[/bold]  (answer {gold})", highlight=False)
         for when in ("before", "after"):
             console.print(f"  {when:>6}: {sample[when]!r}", markup=False, highlight=False)
-    table = Table(title=f"{summary['task']}, held-out, greedy, n={summary['before']['n']}")
+    sampler = "" if summary["eval_sampler"] == "exact" else f" ({summary['eval_sampler']} sampler)"
+    table = Table(title=f"{summary['task']}, held-out, greedy{sampler}, n={summary['before']['n']}")
     for column in ("", "accuracy", "95 % interval", "reason", "length"):
         table.add_column(column, justify="left" if not column else "right")
     for when in ("before", "after"):

@@ -142,6 +142,9 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         default=False,
         metadata={"help": "Where beta is 0: log the KL to the reference all the same, over the rows that are scored."},
     )
+    log_kl_every: int = field(
+        default=1, metadata={"help": "log_kl: rollouts between measurements, each of which scores the reference."}
+    )
     views_per_pass: int = field(default=4, metadata={"help": "Views of each row in memory at a time while scoring."})
 
     reward_timeout: float | None = field(

@@ -371,10 +371,10 @@ class DiffuGRPOTrainer(GRPOTrainer):
 
     @property
     def _watches_kl(self) -> bool:
-        """Whether the KL is a metric only; without an adapter there is no reference model to compare with."""
-        return (
-            self.args.log_kl and self.beta == 0.0 and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        )
+        """Whether this rollout's KL is a metric only; without an adapter there is no reference to compare with."""
+        due = self._mode == "eval" or self._round % self.args.log_kl_every == 0
+        watched = self.args.log_kl and self.beta == 0.0 and due
+        return watched and isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
 
     def _slice(self, batch: dict, iteration: int) -> dict:
         """What one inner iteration sees of the batch."""
@@ -462,7 +462,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         loss, metrics = self.objective(batch, **bonus)
         scored = (weights != 0).any(1)
         metrics["entropy"] = torch.stack([(batch.entropies * scored).sum(), scored.sum()])
-        if self._watches_kl:
+        if self.beta == 0.0 and batch.ref_logps is not None:
             metrics["kl"] = self._kl_to_reference(batch, scored)
         self._record(metrics)
         if self._entropy_bonus_enabled and training:
