@@ -5,10 +5,11 @@ estimator(rollout, *, generator, **settings) -> MaskedViews. Of the rollout an e
 first end-of-text token get weight 0; hidden positions are drawn over the whole canvas, or its open part would tell
 the answer's length. The number of views follows from the settings and the canvas alone, never from the text.
 
+Of a model that attends block by block, `dgrpo.views.views_of` gives an estimator each block as a canvas of its own.
+
 Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C completion tokens, L = P + C.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -44,16 +45,85 @@ def _subsets(noise: Tensor, counts: Tensor) -> Tensor:
     return noise.argsort(-1).argsort(-1) < counts[..., None]
 
 
-def _views(rollout, hidden: Tensor, weights: Tensor, prompt_hidden: Tensor | None = None) -> MaskedViews:
+def _range_of_counts(size: Tensor, min_ratio: float, max_ratio: float, complementary: bool) -> tuple[Tensor, Tensor]:
+    """The fewest positions of `size` that a picture hides, and how many counts there are from these on."""
+    # 0.1 * 30 is a little more than 3.
+    lowest = (min_ratio * size.double() - 1e-9).ceil().long()
+    lowest = lowest if complementary and min_ratio == 0 else lowest.clamp(min=1)
+    return lowest, (max_ratio * size.double() + 1e-9).floor().long() - lowest + 1
+
+
+def _hide_counts(is_open: Tensor, counts: Tensor, noise: Tensor, complementary: bool) -> tuple[Tensor, Tensor]:
+    """`counts` [R, n] of the open positions [R, L] hidden, [R, N, L], and what a hidden token weighs, [R, N].
+
+    The weights make the sum over n pictures the ELBO; `complementary` adds the n complements, N = 2n.
+    """
+    size, num_samples = is_open.sum(1, keepdim=True), counts.shape[1]
+    hidden = _subsets(noise.masked_fill(~is_open[:, None], 2.0), counts) & is_open[:, None]
+    scale = size / num_samples
+    if complementary:
+        hidden = torch.cat([hidden, ~hidden & is_open[:, None]], 1)
+        counts = torch.cat([counts, size - counts], 1)
+        scale = (size + 1) / (2 * num_samples)
+    return hidden, scale / counts.clamp(min=1)
+
+
+def draw_masks(
+    is_open: Tensor,
+    num_samples: int,
+    generator: torch.Generator,
+    *,
+    block_length: int | None = None,
+    min_ratio: float = 0.0,
+    max_ratio: float = 1.0,
+    complementary: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Pictures of texts of different lengths: what they hide, and its weight, [R, N, L]; 0 on what is shown.
+
+    The law of `elbo` on the open positions [R, L] of each text, or of each of its blocks of `block_length`, for
+    fine-tuning and preferences. The counts are spread evenly over the n = `num_samples` pictures and over the texts,
+    so that their mean hardly varies.
+    """
+    num_rows = len(is_open)
+    if block_length is not None:
+        is_open = is_open.unflatten(1, (-1, block_length)).flatten(0, 1)
+    num_units, size = len(is_open), is_open.sum(1, keepdim=True)
+    lowest, number = _range_of_counts(size, min_ratio, max_ratio, complementary)
+    number = number.clamp(min=1)
+    spread = torch.arange(num_units * num_samples).view(num_samples, num_units) / (num_units * num_samples)
+    spread = spread[:, torch.randperm(num_units, generator=generator)].t().double()
+    place = ((_noise(generator, 1) + spread) % 1).to(is_open.device)
+    counts = lowest + (place * number).long().minimum(number - 1)
+    noise = _noise(generator, num_units, num_samples, is_open.shape[1]).to(is_open.device)
+    hidden, weights = _hide_counts(is_open, counts, noise, complementary)
+    weights = torch.where(hidden, weights[..., None], 0.0)
+    hidden, weights = (each.unflatten(0, (num_rows, -1)).transpose(1, 2).flatten(2) for each in (hidden, weights))
+    return hidden, weights
+
+
+def _views(
+    rollout,
+    hidden: Tensor,
+    weights: Tensor,
+    prompt_hidden: Tensor | None = None,
+    may_score: Tensor | None = None,
+) -> MaskedViews:
     """Views that hide completion positions `hidden` [B, N, C]; a token counts where it is hidden and not past the end.
 
-    `weights` broadcasts to [B, N, C]. The prompt is shown unless `prompt_hidden` [B, N, P] says otherwise.
+    `weights` broadcasts to [B, N, C]. The prompt is shown unless `prompt_hidden` [B, N, P] says otherwise. `may_score`
+    [B, C]: the tokens that count, where these are not those up to the end.
     """
+    size = getattr(rollout, "block_length", None)
+    if size is not None and (hidden.shape[2] > size or rollout.prompt_tail.any()):
+        raise ValueError(
+            f"block_length={size}: this rollout's model attends block by block; draw its views with "
+            "dgrpo.views.views_of(estimator, rollout, generator), which draws on each block."
+        )
     prompt_mask, device = rollout.prompt_mask.bool(), rollout.completion_ids.device
     hidden, weights = hidden.to(device), weights.to(device)
     if prompt_hidden is None:
         prompt_hidden = torch.zeros_like(prompt_mask)[:, None].expand(-1, hidden.shape[1], -1)
-    scored = hidden & rollout.completion_mask.bool()[:, None]
+    scored = hidden & (rollout.completion_mask.bool() if may_score is None else may_score)[:, None]
     return MaskedViews(
         torch.cat([prompt_hidden.to(device) & prompt_mask[:, None], hidden], 2),
         torch.where(scored, weights, 0.0).float(),
@@ -128,21 +198,17 @@ def elbo(
     if complementary and (min_ratio, max_ratio) != (0, 1):
         _refuse("a complement leaves the range of ratios; drop min_ratio and max_ratio.", complementary=True)
     num_rows, num_completion = rollout.completion_ids.shape
-    # 0.1 * 30 is a little more than 3.
-    lowest = 0 if complementary else max(1, math.ceil(min_ratio * num_completion - 1e-9))
-    num_counts = math.floor(max_ratio * num_completion + 1e-9) - lowest + 1
+    lowest, num_counts = (
+        int(value) for value in _range_of_counts(torch.tensor(num_completion), min_ratio, max_ratio, complementary)
+    )
     if num_counts < 1:
         _refuse(f"no count of {num_completion} positions lies in the range of ratios.", max_ratio=max_ratio)
     # Whole steps from a uniform start keep every count uniform, also where n does not divide their number.
     start = torch.randint(num_counts, (num_rows, 1), generator=generator)
     counts = lowest + (start + torch.arange(num_samples) * num_counts // num_samples) % num_counts
-    hidden = _subsets(_noise(generator, num_rows, num_samples, num_completion), counts)
-    scale = num_completion / num_samples
-    if complementary:
-        hidden = torch.cat([hidden, ~hidden], 1)
-        counts = torch.cat([counts, num_completion - counts], 1)
-        scale = (num_completion + 1) / (2 * num_samples)
-    return _views(rollout, hidden, scale / counts.clamp(min=1)[..., None])
+    noise = _noise(generator, num_rows, num_samples, num_completion)
+    hidden, weights = _hide_counts(torch.ones(num_rows, num_completion).bool(), counts, noise, complementary)
+    return _views(rollout, hidden, weights[..., None])
 
 
 def quadrature(rollout, *, generator: torch.Generator, num_nodes: int = 2) -> MaskedViews:
@@ -164,13 +230,13 @@ def quadrature(rollout, *, generator: torch.Generator, num_nodes: int = 2) -> Ma
 def _staged(rollout, order: Tensor, stage: Tensor, num_views: int) -> MaskedViews:
     """View n scores the tokens of `stage` n and hides all that comes with the first of them in `order`, or later.
 
-    Both are [B, C]. A view without a token hides and scores nothing.
+    Both are [B, C]; stage -1 scores nothing. A view without a token hides and scores nothing.
     """
     scored = stage[:, None] == torch.arange(num_views, device=stage.device)[:, None]
     late = order.max() + 1
     first = torch.where(scored, order[:, None], late).amin(2, keepdim=True)
     hidden = (order[:, None] >= first) & (first < late)
-    return _views(rollout, hidden, scored.float())
+    return _views(rollout, hidden, scored.float(), may_score=stage >= 0)
 
 
 def trace(
@@ -190,8 +256,10 @@ def trace(
 
     Steps that committed no token up to the end of text do not count, so an answer that ended early is not cut more
     coarsely. Rows with fewer steps than views are filled up with empty views. The picture is the sampler's up to the
-    end of text; what was drawn behind it counts as never revealed and stays hidden. Where a policy hid or overwrote
-    tokens, one counts as hidden until it was last written.
+    end of text; what was drawn behind it on a full canvas counts as never revealed and stays hidden. In the blocks of
+    a block model it is shown as it was, and scored where it came before the last token of the answer: it had a part
+    in what was drawn afterwards, and without it the gradient would be biased. Where a policy hid or overwrote tokens,
+    one counts as hidden until it was last written.
     """
     chosen = {
         name: value
@@ -203,7 +271,10 @@ def trace(
     if any(value < 1 for value in chosen.values()):
         _refuse("must be at least 1.", **chosen)
     revealed_at, num_steps = rollout.revealed_at, rollout.num_steps
-    scored = rollout.completion_mask.bool() & (revealed_at >= 0) & (revealed_at < num_steps)
+    scored = rollout.completion_mask.bool()
+    if getattr(rollout, "block_length", None) is not None:
+        scored = scored | (revealed_at < revealed_at.masked_fill(~scored, -1).amax(1, keepdim=True))
+    scored = scored & (revealed_at >= 0) & (revealed_at < num_steps)
     at = revealed_at.clamp(0, num_steps - 1)
     tokens = torch.zeros(len(at), num_steps, device=at.device).scatter_add_(1, at, scored.float())
     used = tokens > 0
@@ -293,3 +364,4 @@ ESTIMATORS: dict[str, Callable[..., MaskedViews]] = {
 # that type checkers read.
 for _estimator in (elbo, quadrature, block_random):
     vars(_estimator)["draws"] = True
+vars(block_random)["whole_canvas"] = True

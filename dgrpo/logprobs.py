@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgrpo.estimators import elbo
+from dgrpo.estimators import draw_masks, elbo
 from dgrpo.models.predictor import EVERYWHERE, Scores, ScoringPass
 from dgrpo.sampling.denoise import evaluating
-from dgrpo.sampling.rollout import check_prompts, refuse_blocks
+from dgrpo.sampling.rollout import align, check_prompts
 from dgrpo.views import MaskedViews
+
+# Columns of a block model's pictures that go through the network together: attention computes all pairs of them with
+# the keys before, so narrow chunks save pairs and cost calls. Measured on the 435 k-parameter shape (see RESULTS).
+CHUNK = 32
 
 
 class ViewScores(NamedTuple):
@@ -59,6 +63,50 @@ def scoring_pass(
     return asked, row * canvases.shape[1] + column
 
 
+def copies_pass(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    copies: Tensor,
+    scored: Tensor,
+    chunk: int | None = None,
+    recompute: bool = False,
+) -> tuple[ScoringPass, Tensor]:
+    """One pass of a block model: clean texts [U, L] and noisy copies [U, N, C] of their last C columns.
+
+    It asks for the clean tokens where `scored` [U, N, C]; returned as by `scoring_pass`, with indices into [U, N, C].
+    `chunk` columns of the copies go through the network together (None: all), see models/blocks.py.
+    """
+    answer = scored.flatten().nonzero()[:, 0]
+    targets = input_ids[:, None, -copies.shape[2] :].expand_as(copies).reshape(-1)[answer]
+    index = torch.arange(len(answer), device=answer.device)
+    asked = ScoringPass(input_ids, attention_mask, answer, index, targets, copies=copies)
+    return asked._replace(chunk=chunk or copies.shape[2], recompute=recompute), answer
+
+
+def block_length_of(model: Any) -> int | None:
+    """`block_length` of a model that may be wrapped by DDP or DeepSpeed; None where attention is full."""
+    return getattr(getattr(model, "module", model), "block_length", None)
+
+
+def text_passes(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, hidden: Tensor, mask_token_id: int
+) -> tuple[list[ScoringPass], list[Tensor]]:
+    """A pass for each of N pictures of whole texts [R, L] that asks for all it hides [R, N, L], as `scoring_pass`.
+
+    Texts of a block model begin in the first column and have whole blocks.
+    """
+    passes, answers = [], []
+    for picture in hidden.unbind(1):
+        canvas = input_ids.masked_fill(picture, mask_token_id)
+        if block_length_of(model) is None:
+            asked, answer = scoring_pass(canvas, attention_mask, input_ids, picture)
+        else:
+            asked, answer = copies_pass(input_ids, attention_mask, canvas[:, None], picture[:, None])
+        passes.append(asked)
+        answers.append(answer)
+    return passes, answers
+
+
 def score_views(
     model: Any,
     prompt_ids: Tensor,
@@ -79,28 +127,46 @@ def score_views(
     The pictures go through the network `views_per_pass` views of every rollout at a time (None: all at once), each
     such pass checkpointed, so memory does not grow with N and the number of passes depends on N alone. Within a pass
     equal pictures are computed once, forward and backward: they answer for all the rollouts that they stand for.
+
+    A model that attends block by block takes a rollout's aligned prompts and its `trace_ids()`. The clean texts go
+    through once, the prompts' once for each distinct one; then the pictures in chunks of columns. Where there are more
+    than `views_per_pass`, the activations of one chunk live at a time, for one more forward pass of each.
     """
-    refuse_blocks(model)
     num_rows, num_views, num_completion = views.weights.shape
-    input_ids = torch.cat([prompt_ids, completion_ids], 1)
-    canvases = views.canvases(input_ids, model.config.mask_token_id if mask_token_id is None else mask_token_id)
-    attention_mask = None
+    size, is_scored, prompt_mask = block_length_of(model), views.weights != 0, prompt_mask.bool()
+    if mask_token_id is None:
+        mask_token_id = model.config.mask_token_id
+    if size is not None and prompt_ids.shape[1] == 0:
+        # A block of padding: all processes pass equally often, whether their prompts fill a block or not.
+        prompt_ids, prompt_mask = F.pad(prompt_ids, (size, 0)), F.pad(prompt_mask, (size, 0))
+    input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), None
     if not prompt_mask.all():
-        attention_mask = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(completion_ids.shape).bool()], 1)
-    scored = F.pad(views.weights != 0, (prompt_ids.shape[1], 0))
-    chunks = torch.arange(num_views, device=input_ids.device).split(views_per_pass or num_views)
-    passes, answers = [], []
-    for chunk in chunks:
-        repeats = len(chunk)
-        asked, answer = scoring_pass(
-            canvases[:, chunk].flatten(0, 1),
-            None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0),
-            input_ids.repeat_interleave(repeats, 0),
-            scored[:, chunk].flatten(0, 1),
-            slice(prompt_ids.shape[1], input_ids.shape[1]),
+        attention_mask = torch.cat([prompt_mask, prompt_mask.new_ones(completion_ids.shape)], 1)
+    views_per_pass = views_per_pass or num_views
+    chunks, width, passes, answers = [num_views], num_completion, [], []
+    if size is not None:
+        copies = torch.where(views.hidden[..., -num_completion:], mask_token_id, completion_ids[:, None])
+        # No more tokens at a time than `views_per_pass` pictures have.
+        columns = max(size, min(CHUNK, views_per_pass * num_completion // num_views))
+        asked, answer = copies_pass(
+            input_ids, attention_mask, copies, is_scored, columns, recompute=num_views > views_per_pass
         )
         passes.append(asked)
         answers.append(answer)
+    else:
+        canvases, width = views.canvases(input_ids, mask_token_id), input_ids.shape[1]
+        scored = F.pad(is_scored, (prompt_ids.shape[1], 0))
+        chunks = [min(views_per_pass, num_views - first) for first in range(0, num_views, views_per_pass)]
+        for part, mine, repeats in zip(canvases.split(chunks, 1), scored.split(chunks, 1), chunks, strict=True):
+            asked, answer = scoring_pass(
+                part.flatten(0, 1),
+                None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0),
+                input_ids.repeat_interleave(repeats, 0),
+                mine.flatten(0, 1),
+                slice(prompt_ids.shape[1], input_ids.shape[1]),
+            )
+            passes.append(asked)
+            answers.append(answer)
     if as_reference is not None:
         with as_reference(), torch.no_grad():
             hidden = model(passes=passes, hidden_only=True)
@@ -108,7 +174,7 @@ def score_views(
     scores: list[Scores] = model(passes=passes, temperature=temperature, entropy_grad=entropy_grad)
     found: list[list[Tensor]] = [[], [], []]
     for chunk, asked, answer, score in zip(chunks, passes, answers, scores, strict=True):
-        shape = (num_rows, len(chunk), input_ids.shape[1])
+        shape = (num_rows, chunk, width)
         blank = score.logps.new_zeros(math.prod(shape))
         per_target = [score.logps, score.entropy[asked.target_index]]
         if score.divergence is not None:
@@ -137,7 +203,13 @@ def per_token_logps(
         raise ValueError(f"reduce={reduce!r}: choose 'sum' (weighted sum over views) or None (all views).")
     # A shifted model reads the first token from the prompt's last one. Here and not in score_views: this waits for
     # the device, as does views.check().
-    check_prompts(prompt_ids, prompt_mask, may_be_empty=not getattr(model, "logit_shift", 0))
+    size = block_length_of(model)
+    lengths = check_prompts(prompt_ids, prompt_mask, size is not None or not getattr(model, "logit_shift", 0)).sum(1)
+    if size is not None and (strange := lengths[lengths % size != 0].tolist()):
+        raise ValueError(
+            f"prompt_mask: a prompt has {strange[0]} tokens, but the blocks of block_length={size} count from "
+            "the text's first token: give whole blocks and begin the completion with the rest, as a Rollout does."
+        )
     logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings).logps
     return logps if reduce is None else (views.weights * logps).sum(1)
 
@@ -167,6 +239,9 @@ def log_likelihood(
     the padding, which comes first, and has a token in each row where logits are shifted (Dream); completion_ids
     [B, C], every token of which is scored. `batch_size` pictures go through the network at a time; it does not change
     the result. Published: 128 samples; 1 is exact for a single token.
+
+    Of a model that attends block by block: the sum of its blocks' bounds, each behind the clean past. What may follow
+    the completion in its last block stays hidden.
     """
     if prompt_ids.dim() != 2 or completion_ids.dim() != 2 or len(prompt_ids) != len(completion_ids):
         raise ValueError(
@@ -179,12 +254,27 @@ def log_likelihood(
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     # Before anything is cut off: what is left of a row padded on the right could pass for a whole one.
     prompt_mask = check_prompts(prompt_ids, prompt_mask, may_be_empty=not getattr(model, "logit_shift", 0))
-    rows = SimpleNamespace(
-        prompt_mask=prompt_mask,
-        completion_ids=completion_ids,
-        completion_mask=torch.ones_like(completion_ids, dtype=torch.bool),
-    )
-    views = elbo(rows, generator=generator, num_samples=num_samples, complementary=complementary)
+    if (size := block_length_of(model)) is None:
+        rows = SimpleNamespace(
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=torch.ones_like(completion_ids, dtype=torch.bool),
+        )
+        views = elbo(rows, generator=generator, num_samples=num_samples, complementary=complementary)
+    else:
+        config: Any = model.config
+        length, mask_token_id = completion_ids.shape[1], config.mask_token_id
+        width = -(-(length + int((prompt_mask.sum(1) % size).max())) // size) * size
+        prompt_ids, prompt_mask, completion_ids, tail = align(
+            prompt_ids, prompt_mask, completion_ids, size, width, mask_token_id
+        )
+        column = torch.arange(width, device=tail.device) - tail[:, None]
+        hidden, weights = draw_masks(
+            (column >= 0) & (column < length), num_samples, generator, block_length=size, complementary=complementary
+        )
+        # Nothing is known of what follows in the last block.
+        hidden = hidden | (column >= length)[:, None]
+        views = MaskedViews(F.pad(hidden, (prompt_ids.shape[1], 0)), weights.float())
     num_views = views.weights.shape[1]
     results = []
     with evaluating(model):

@@ -4,7 +4,7 @@ Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C com
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,53 @@ class MaskedViews:
         return torch.where(self.hidden, mask_token_id, input_ids[:, None])
 
 
+def views_of(estimator: Callable[..., MaskedViews], rollout: Any, generator: torch.Generator) -> MaskedViews:
+    """The estimator's views of a rollout; of a block model, one view shows a picture of each block.
+
+    A block of the canvas is a canvas of its own, without what is given of the prompt in it: the estimator draws on
+    each and need not know of the others. In view n every block shows its n-th picture behind the clean past, so
+    log p_k is again the weighted sum over n. Steps are counted within the block. The number of views is that of a
+    whole block; the others are filled up with views that show and score nothing.
+    """
+    size = rollout.block_length
+    if size is None:
+        return estimator(rollout, generator=generator)
+    num_rows, num_blocks = len(rollout.completion_ids), rollout.completion_ids.shape[1] // size
+    blocks = rollout.blocks()
+    fields = {"completion_ids": blocks.ids, "completion_mask": blocks.open, "revealed_at": blocks.step}
+    fields |= {name: getattr(rollout, name).reshape(-1, size) for name in ("confidence", "entropy")}
+    num_given = torch.zeros(num_rows, num_blocks, dtype=torch.long)
+    num_given[:, 0] = rollout.prompt_tail
+    num_given = num_given.flatten()
+    parts = []
+    # Also a whole block where there is none, for the number of views.
+    for given in sorted({0, *num_given.tolist()}):
+        rows = (num_given == given).nonzero()[:, 0]
+        drawn = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+        texts = drawn.to(rollout.group.device) // num_blocks
+        part = replace(
+            rollout,
+            **{name: value[drawn, given:] for name, value in fields.items()},
+            prompt_ids=rollout.prompt_ids[texts, :0],
+            prompt_mask=rollout.prompt_mask[texts, :0],
+            prompt_tail=torch.zeros_like(texts),
+            group=rollout.group[texts],
+            num_steps=blocks.num_steps,
+            history=None,
+        )
+        parts.append((rows, given, estimator(part, generator=generator)))
+    num_views = max(views.weights.shape[1] for _, _, views in parts)
+    hidden = torch.zeros(len(num_given), num_views, size, dtype=torch.bool, device=rollout.group.device)
+    weights = torch.zeros(hidden.shape, device=hidden.device)
+    for rows, given, views in parts:
+        for whole, own in ((hidden, views.hidden), (weights, views.weights)):
+            whole[rows, : own.shape[1], given:] = own[: len(rows)].to(whole.device)
+    hidden, weights = (
+        each.unflatten(0, (num_rows, num_blocks)).transpose(1, 2).flatten(2) for each in (hidden, weights)
+    )
+    return MaskedViews(torch.nn.functional.pad(hidden, (rollout.prompt_ids.shape[1], 0)), weights)
+
+
 def draw_views(
     estimator: Callable[..., MaskedViews], rollout: Any, unit: Tensor, key: tuple[int | str, ...], num_draws: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +114,7 @@ def draw_views(
         rows = [row for row, other in enumerate(unit_numbers) if other == number]
         part = rollout.rows(rows)
         padding = prompt_width - part.prompt_mask.shape[1]
-        draws = [estimator(part, generator=stream(*key, number, draw)).check() for draw in range(num_draws)]
+        draws = [views_of(estimator, part, stream(*key, number, draw)).check() for draw in range(num_draws)]
         stacked = torch.stack([views.hidden for views in draws], 1)
         stacked = torch.nn.functional.pad(stacked, (padding, 0))
         stacked_weights = torch.stack([views.weights for views in draws], 1)

@@ -4,6 +4,8 @@
         --dataset simplescaling/s1K
     accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --convert bidirectional --use_peft false \\
         --dataset rows.jsonl                              # a causal model becomes a mask predictor
+    accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --convert block --block_schedule 1 2 4 \\
+        --use_peft false --dataset rows.jsonl             # ... or a block-diffusion model
 
 Rows are strings or lists of messages; rows of s1K's form (question, thinking_trajectories, attempt) become reasoning
 and answer. Without arguments it fine-tunes the embedded default on generated problems.
@@ -39,7 +41,14 @@ class SFTRecipeConfig:
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
     convert: str | None = field(
         default=None,
-        metadata={"help": "'bidirectional': read a causal Qwen2, Qwen3 or Llama checkpoint in both directions."},
+        metadata={
+            "help": "Read a causal Qwen2, Qwen3 or Llama checkpoint in both directions ('bidirectional'), or block by "
+            "block ('block')."
+        },
+    )
+    block_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a block of a model that attends block by block; default: the checkpoint's."},
     )
 
     def __post_init__(self):
@@ -59,6 +68,8 @@ def run() -> None:
             if rows and "thinking_trajectories" in rows[0]:
                 rows = [from_s1k(row) for row in rows]
         dataset = check_rows(f"dataset={recipe.dataset!r}", Dataset.from_list(rows), MaskedSFTTrainer.columns)
+        if args.block_schedule and recipe.block_length is None:
+            recipe.block_length = args.block_schedule[-1]
         model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dgrpo import MaskedViews, per_token_logps
 from dgrpo.models import ScoringPass, attention, load_model
 from dgrpo.models.blocks import BlockPast
 
@@ -269,11 +268,3 @@ def test_rows_that_are_no_whole_blocks_are_refused(model):
     for wrong in (asked._replace(chunk=0), asked._replace(input_ids=asked.input_ids[:, 1:])):
         with pytest.raises(ValueError, match="must be whole blocks of block_length=4"):
             model(passes=[wrong])
-
-
-def test_what_cannot_take_blocks_yet_says_so(model):
-    ids = torch.randint(0, published.NUM_WORDS - 8, (1, P + C))
-    mask = torch.ones(1, P, dtype=torch.bool)
-    views = MaskedViews(torch.ones(1, 1, P + C).bool(), torch.ones(1, 1, C))
-    with pytest.raises(ValueError, match="block_length=4: .*load one of those"):
-        per_token_logps(model, ids[:, :P], mask, ids[:, P:], views)

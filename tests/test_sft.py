@@ -6,6 +6,7 @@ from datasets import Dataset
 from stopping import StopAt
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
+from dgrpo.estimators import draw_masks
 from dgrpo.noise import stream
 from dgrpo.reliability import manifest
 from dgrpo.reliability.manifest import resume_checkpoint, whole_checkpoints
@@ -147,7 +148,7 @@ def test_rows_of_s1k_become_reasoning_and_answer():
 
 
 def test_loss_is_llada_objective_with_the_drawn_masks(trainer, model, tokenizer):
-    """Against the formula: mean over rows of (1/t) sum over hidden of -log p / number of completion tokens."""
+    """Against the formula: mean over rows of (n/l) sum over the l hidden of -log p / number n of completion tokens."""
     run = trainer()
     batch = run._collate([run.train_dataset[0], run.train_dataset[1]])
     seen = []
@@ -164,16 +165,15 @@ def test_loss_is_llada_objective_with_the_drawn_masks(trainer, model, tokenizer)
     finally:
         type(model)._score = plain_forward
     generator = stream("sft", "train", run.args.seed, 0, 1, 0)
-    start = torch.rand(1, generator=generator)
-    ratio = 1 - torch.stack([start % 1, (start + 0.5) % 1]) * (1 - 1e-3)
-    hidden = (torch.rand(batch["input_ids"].shape, generator=generator) < ratio) & batch["is_completion"]
+    hidden = draw_masks(batch["is_completion"], 1, generator)[0][:, 0]
+    assert (hidden <= batch["is_completion"]).all()
     canvases = batch["input_ids"].masked_fill(hidden, tokenizer.mask_token_id)
     expected = 0.0
     for row in range(2):
         length = int(batch["attention_mask"][row].sum())
         logits = model(canvases[row : row + 1, :length]).logits[0]
         logps = logits.log_softmax(-1).gather(-1, batch["input_ids"][row, :length, None])[:, 0]
-        per_token = -(logps * hidden[row, :length]).sum() / ratio[row] / batch["is_completion"][row].sum()
+        per_token = -(logps * hidden[row, :length]).sum() / hidden[row].sum()
         expected = expected + per_token / 2
     assert hidden.any()
     assert torch.allclose(loss, expected, atol=1e-5)

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from trainers import MASK
 
 from dgrpo import VRPOConfig, VRPOTrainer
+from dgrpo.estimators import draw_masks
 from dgrpo.models.families import FAMILIES
-from dgrpo.trainers.vrpo import draw_masks
 
 PAIRS = [
     {"prompt": "a b c", "chosen": "d e", "rejected": "f"},
@@ -45,11 +45,13 @@ def trainer(model, tokenizer, tmp_path):
 def test_masks_follow_the_elbo_s_law():
     """Counts uniform in 1..C of the row's own C, subsets of a size equally likely, weights C/(n l)."""
     is_completion = torch.tensor([[False, True, True, True, False], [True, False, False, False, False]])
-    hidden, weights = draw_masks(is_completion, 12000, torch.Generator().manual_seed(0))
+    drawn = draw_masks(is_completion, 12000, torch.Generator().manual_seed(0))
+    hidden, weights = (each.transpose(0, 1) for each in drawn)
     assert not (hidden & ~is_completion).any()
     assert hidden[:, 1, 0].all()
     counts = hidden.sum(-1)
-    torch.testing.assert_close(weights, is_completion.sum(1) / (12000 * counts))
+    expected = (is_completion.sum(1) / (12000 * counts))[..., None] * hidden
+    torch.testing.assert_close(weights, expected, check_dtype=False)
     for count in (1, 2, 3):
         subsets = list(itertools.combinations((1, 2, 3), count))
         assert (counts[:, 0] == count).float().mean().item() == pytest.approx(1 / 3, abs=1e-3)
@@ -63,15 +65,16 @@ def test_elbo_is_the_weighted_sum_over_the_pictures(trainer):
     run = trainer()
     run.model.eval()
     batch = run._collate(list(run.train_dataset))
-    hidden, weights = draw_masks(batch["is_completion"], 3, torch.Generator().manual_seed(1))
+    *texts, is_open = run._texts(run.model, batch)
+    hidden, weights = draw_masks(is_open, 3, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = run._elbo(run.model, batch, hidden, weights)
+        found = run._log_bound(run.model, *texts, hidden, weights)
         for row in range(4):
             seen = batch["attention_mask"][row]
             ids, expected = batch["input_ids"][row][seen], 0.0
-            for picture, weight in zip(hidden[:, row, seen], weights[:, row], strict=True):
+            for picture, weight in zip(hidden[row][:, seen], weights[row][:, seen], strict=True):
                 logps = run.model(ids.masked_fill(picture, MASK)[None]).logits[0].log_softmax(-1)
-                expected += weight.item() * logps.gather(-1, ids[:, None])[picture].sum().item()
+                expected += (weight * logps.gather(-1, ids[:, None])[:, 0]).sum().item()
             assert found[row].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -89,9 +92,10 @@ def test_the_policy_has_no_dropout_that_its_reference_lacks(trainer):
     run = trainer(dropout=0.5)
     run.model.train()
     batch = run._collate(list(run.train_dataset))
-    masks = draw_masks(batch["is_completion"], 3, torch.Generator().manual_seed(1))
+    *texts, is_open = run._texts(run.model, batch)
+    masks = draw_masks(is_open, 3, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(*(run._elbo(run.model, batch, *masks) for _ in range(2)))
+        assert torch.equal(*(run._log_bound(run.model, *texts, *masks) for _ in range(2)))
 
 
 def test_preferences_of_training_and_evaluation_are_logged_apart(trainer):

@@ -74,6 +74,8 @@ class Facts:
 
     # Estimators: views are independent draws of one integral, so a token's weighted terms mean something once summed.
     draws: bool = False
+    # Estimators: a view speaks of several blocks, so it cannot be drawn on each block of a block model.
+    whole_canvas: bool = False
     # Objectives: the bound averages over such draws of the same tokens.
     needs_draws: bool = False
     # Objectives: a rollout is weighed against the others of its prompt, so a micro-batch must hold whole groups.

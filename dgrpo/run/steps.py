@@ -39,7 +39,6 @@ from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_con
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.run.validate import validated
-from dgrpo.sampling.rollout import refuse_blocks
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.plugins import resolve_reward
@@ -85,7 +84,9 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     # Without an adapter, and without DeepSpeed's float32 copies, updates of weights in bfloat16 round to nothing.
     rounds = not (model_config.use_peft or recipe.adapter_name_or_path or args.deepspeed_plugin)
     family = family_of(name, model_config.model_revision, convert=convert)
-    refuse_blocks(family)
+    # Of a family that attends in blocks, and of a conversion into one; elsewhere it is the sampler's alone.
+    in_blocks = convert == "block" or family.block_length is not None
+    block_length = getattr(recipe, "block_length", getattr(args, "block_length", None)) if in_blocks else None
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,
@@ -96,6 +97,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         adapter=recipe.adapter_name_or_path,
         revision=model_config.model_revision,
         convert=convert,
+        block_length=block_length,
     )
     peft_config: LoraConfig | None = get_peft_config(model_config)
     if recipe.adapter_name_or_path is not None:

@@ -148,16 +148,6 @@ def replay(events: Tensor, values: Tensor, given: Tensor, num_steps: int) -> tup
     return history, revealed_at, confidence.masked_fill(given, 1.0), entropy
 
 
-def refuse_blocks(model: Any) -> None:
-    """ValueError for a model that attends block by block, which cannot be trained yet."""
-    if (length := getattr(model, "block_length", None)) is not None:
-        raise ValueError(
-            f"block_length={length}: this model attends block by block. It can be loaded, converted, merged, sampled "
-            "and asked for scores of noisy copies (ScoringPass.copies); estimators and trainers take models with full "
-            "attention only: load one of those, or convert with convert='bidirectional'."
-        )
-
-
 def check_prompts(prompt_ids: Tensor, prompt_mask: Tensor, may_be_empty: bool = False) -> Tensor:
     """The mask [B, P] as bool, or ValueError where prompts are not padded on the left, or empty and may not be."""
     if prompt_ids.shape != prompt_mask.shape or prompt_ids.dim() != 2:

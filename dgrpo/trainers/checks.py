@@ -1,5 +1,6 @@
 """What the trainers check alike before anything is trained."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dgrpo.logprobs import block_length_of
 from dgrpo.models.adapters import check_policy, refuse_16_bit_training
-from dgrpo.sampling.rollout import refuse_blocks
+from dgrpo.objectives import facts_of, name_of
 
 
 def default_to_bf16(args: TrainingArguments) -> None:
@@ -50,11 +52,22 @@ def check_model(model: Any, tokenizer: Any, args: TrainingArguments) -> None:
         raise ValueError(f"model={model!r}: pass the model itself, as dgrpo.load_model({model!r}) returns it.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.mask_token_id is None:
         raise ValueError("processing_class: a tokenizer with a mask token is needed; load it with dgrpo.load_model.")
-    refuse_blocks(model)
     check_policy(model)
     if args.deepspeed_plugin is None:
         refuse_16_bit_training(model)
     refuse_data_parallel(args)
+
+
+def check_blocks(model: Any, args: Any, estimator: Callable) -> None:
+    """ValueError where settings of the trainer speak of full attention and the model attends block by block."""
+    if (size := block_length_of(model)) is None:
+        return
+    told = f"the model attends in blocks of {size} tokens, each behind a clean past"
+    if args.p_mask_prompt:
+        raise ValueError(f"p_mask_prompt={args.p_mask_prompt}: {told}; leave it out, or set it to 0.")
+    if facts_of(estimator).whole_canvas:
+        raise ValueError(f"estimator={name_of(estimator)!r}: {told}; take 'elbo', which draws on each block.")
+    args.sampler().of(size)
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -79,7 +79,10 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         default=None, metadata={"help": "Prompts with more tokens are left out before training, with a count."}
     )
     max_completion_length: int | None = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
-    block_length: int = field(default=32, metadata={"help": "Blocks are denoised from left to right."})
+    block_length: int | None = field(
+        default=None,
+        metadata={"help": "Blocks are denoised from left to right; None: the model's own, 32 with full attention."},
+    )
     diffusion_steps: int | None = field(
         default=128, metadata={"help": "Denoising steps over the whole completion; null: one for each token."}
     )
@@ -123,7 +126,10 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         },
     )
     objective_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the objective."})
-    p_mask_prompt: float = field(default=0.15, metadata={"help": "one_step: share of prompt tokens hidden."})
+    p_mask_prompt: float | None = field(
+        default=None,
+        metadata={"help": "one_step: share of prompt tokens hidden; None: 0.15 (d1's), and 0 for block models."},
+    )
     prompt_mask_scope: str = field(
         default="group",
         metadata={

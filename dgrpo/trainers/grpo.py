@@ -21,15 +21,14 @@ from trl import GRPOTrainer
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
-from dgrpo.logprobs import ViewScores, mean_entropy, score_views
+from dgrpo.logprobs import ViewScores, block_length_of, mean_entropy, score_views
 from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_bit_training
 from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.reliability.checkpoints import ExactResume
 from dgrpo.reliability.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.sampling import Rollout
-from dgrpo.sampling.rollout import refuse_blocks
-from dgrpo.trainers.checks import context_length
+from dgrpo.trainers.checks import check_blocks, context_length
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
@@ -126,7 +125,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
                 train_dataset, processing_class, args.max_prompt_length, args.chat_template_kwargs
             )
             args.check_num_prompts(len(train_dataset))
-        refuse_blocks(model)
+        check_blocks(model, args, self.estimator)
         if peft_config is None:
             check_policy(model)
             if args.deepspeed_plugin is None:
@@ -257,6 +256,11 @@ class DiffuGRPOTrainer(GRPOTrainer):
         keys = row_keys(rows, "rollout", mode, self.args.seed, self._round)
         self.rollout_source.update(self.model_wrapped, self.state.global_step)
         rollout = self.rollout_source(padded, mask, self.sampler_config, keys, rows // num_generations)
+        if rollout.block_length != (size := block_length_of(self.model_wrapped)):
+            raise ValueError(
+                f"rollout_source: its rollout has block_length={rollout.block_length}, the model {size}. Prompts of a "
+                "block model are whole blocks, and the rest of them begins the canvas (see Rollout)."
+            )
         seconds = time.perf_counter() - started
         every, compare = self.args.agreement_every, getattr(self.rollout_source, "agreement", None)
         if mode == "train" and self.sampler_config.approximate and compare and every and self._round % every == 0:
@@ -289,16 +293,22 @@ class DiffuGRPOTrainer(GRPOTrainer):
         rows = [dict(row) for row in inputs]
         batch = super()._generate_and_score_completions(rows)
         rollout, hidden, weights = rows[0]["sampled"]
-        kept = rollout.completion_mask
+        # Behind the end a trace of blocks scores what had a part in the answer.
+        kept = rollout.completion_mask | (weights != 0).flatten(1, 2).any(1)
         if self.mask_truncated_completions:
             ends = torch.tensor(self.eos_token_ids, device=kept.device)
-            kept = kept & torch.isin(rollout.completion_ids, ends).any(1, keepdim=True)
+            has_end = torch.isin(rollout.completion_ids, ends) & rollout.completion_mask
+            kept = kept & has_end.any(1, keepdim=True)
             weights = weights * kept[:, None, None]
         trace = {name: getattr(rollout, name) for name in ("revealed_at", "confidence", "entropy", "history")}
+        canvas = {"completion_ids": rollout.completion_ids}
+        if rollout.block_length is not None:
+            canvas = {"prompt_ids": rollout.prompt_ids, "prompt_mask": rollout.prompt_mask.long()}
+            canvas["completion_ids"] = rollout.trace_ids()
         # TRL cuts completions at their end and pads to the longest; the canvas has all C positions, or its length
         # would tell the model how long the answer is. Its count of tokens takes a last [PAD] for an end of text.
         return batch | {
-            "completion_ids": rollout.completion_ids,
+            **canvas,
             "completion_mask": kept.long(),
             "num_items_in_batch": self.accelerator.reduce(kept.sum(), "sum"),
             "hidden": hidden,

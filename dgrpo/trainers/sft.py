@@ -1,15 +1,20 @@
-"""Masked supervised fine-tuning: LLaDA's objective on completions (arXiv:2502.09992, equation 5)."""
+"""Masked supervised fine-tuning: LLaDA's objective on completions (arXiv:2502.09992, equation 6), or on their blocks.
+
+Shapes: B texts of L tokens, N pictures of each (2 with `complementary`, else 1), b tokens a block.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from dgrpo.logprobs import scoring_pass
+from dgrpo.estimators import draw_masks
+from dgrpo.logprobs import block_length_of, text_passes
 from dgrpo.noise import stream
 from dgrpo.reliability.checkpoints import WholeCheckpoints
 from dgrpo.secrets import WritesNoSecrets
@@ -17,10 +22,6 @@ from dgrpo.trainers.checks import check_model, check_rows, context_length, defau
 from dgrpo.trainers.ranges import check_ranges
 
 logger = logging.get_logger(__name__)
-
-# t is drawn from (MIN_RATIO, 1]: the weight 1/t stays finite, as in LLaDA's code.
-MIN_RATIO = 1e-3
-
 
 # Settings of transformers that the loss has no place for.
 _REFUSED = {
@@ -53,6 +54,27 @@ class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
         },
     )
 
+    complementary: bool = field(
+        default=False, metadata={"help": "Also train on each picture's complement, so that every token counts once."}
+    )
+    min_ratio: float = field(default=0.0, metadata={"help": "Smallest share of a text, or block, that is hidden."})
+    max_ratio: float = field(default=1.0, metadata={"help": "Largest such share (LLaDA2.0: 0.3 to 0.8)."})
+    token_weights: str = field(
+        default="elbo",
+        metadata={"help": "'elbo': weights that make the loss the bound per token; 'mean': all hidden tokens alike."},
+    )
+    mask_unit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of what a share is hidden. Block models: of each 'block' (BD3-LM; the default) or of each 'text' "
+            "(SDAR). With full attention: of each 'text'."
+        },
+    )
+    block_schedule: list[int] | None = field(
+        default=None,
+        metadata={"help": "Block lengths of equal parts of the training, the model's own last, such as 1 2 4."},
+    )
+
     def __post_init__(self):
         for name, (neutral, reason) in _REFUSED.items():
             if (value := getattr(self, name, neutral)) != neutral:
@@ -60,6 +82,18 @@ class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
         check_ranges(self)
         if self.completion_canvas < 0:
             raise ValueError(f"completion_canvas={self.completion_canvas}: must be 0 or a number of tokens.")
+        for name, choices in (("token_weights", ("elbo", "mean")), ("mask_unit", (None, "block", "text"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
+        if not 0 <= self.min_ratio <= self.max_ratio <= 1:
+            raise ValueError(
+                f"min_ratio={self.min_ratio}, max_ratio={self.max_ratio}: shares within [0, 1], the smaller one first."
+            )
+        if self.complementary and self.token_weights == "elbo" and (self.min_ratio, self.max_ratio) != (0, 1):
+            raise ValueError(
+                f"complementary=True with min_ratio={self.min_ratio}, max_ratio={self.max_ratio}: a complement leaves "
+                "the range, so that the weights of token_weights='elbo' are none; set token_weights='mean'."
+            )
         default_to_bf16(self)
         super().__post_init__()
 
@@ -119,12 +153,31 @@ def fitting(encoded, max_length: int, prefixes: tuple[str, ...] = ("",)):
     return kept
 
 
-class MaskedSFTTrainer(Trainer):
-    """Trainer whose loss is -(1/t) sum over hidden completion tokens of log p / number of completion tokens.
+def check_blocks(model: Any, args: MaskedSFTConfig) -> None:
+    """ValueError where settings of blocks do not fit the model's attention."""
+    size = block_length_of(model)
+    if size is None and (args.mask_unit == "block" or args.block_schedule):
+        raise ValueError(
+            f"mask_unit={args.mask_unit!r}, block_schedule={args.block_schedule}: this model's attention is full; "
+            "leave both out, or load it with convert='block'."
+        )
+    if args.block_schedule and (min(args.block_schedule) < 1 or args.block_schedule[-1] != size):
+        raise ValueError(
+            f"block_schedule={args.block_schedule}: its lengths must end with the model's own, block_length={size}."
+        )
 
-    Each row draws t ~ U(0, 1], stratified over the batch, and hides each completion token with probability t. The
-    masks are a function of (seed, step, micro-batch, process): evaluation and resuming do not disturb them. Padding is
-    neither attended nor trained. Checkpoints are written aside and renamed when they are whole.
+
+class MaskedSFTTrainer(Trainer):
+    """Trainer whose loss is the negative ELBO of the completion per token, from one picture of each row.
+
+    l of a row's n completion tokens are hidden, l uniform in {1..n} and evenly spread over the batch; each hidden one
+    weighs n/l (LLaDA, arXiv:2502.09992, equation 6: the mean of equation 5, with less variance). The masks are a
+    function of (seed, step, micro-batch, process): evaluation and resuming do not disturb them. Padding is neither
+    attended nor trained. Checkpoints are written aside and renamed when they are whole.
+
+    A model that attends in blocks of b tokens is trained as BD3-LM (arXiv:2503.09573): rows are filled up to whole
+    blocks with EOS, and l tokens of each block are hidden behind the clean text before it, or of all blocks together
+    (`mask_unit`).
     """
 
     columns: tuple[str, ...] = ("prompt", "completion")
@@ -150,6 +203,7 @@ class MaskedSFTTrainer(Trainer):
             data_collator=self._collate,
             **kwargs,
         )
+        check_blocks(self._network, args)
         self.checkpoints = WholeCheckpoints(self)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -190,20 +244,61 @@ class MaskedSFTTrainer(Trainer):
         self._micro_steps[mode] = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
         return stream("sft", mode, self.args.seed, *self._micro_steps[mode], self.args.process_index)
 
+    def _texts(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Token ids, mask (None without padding) and trained positions, all [B, L]; for a block model in whole blocks.
+
+        Blocks never see those behind them, so what pads the rows there needs no mask.
+        """
+        input_ids, mask, is_open = (inputs[name] for name in ("input_ids", "attention_mask", "is_completion"))
+        if (size := block_length_of(model)) is None:
+            return input_ids, None if mask.all() else mask, is_open
+        length, more = mask.sum(1, keepdim=True), -input_ids.shape[1] % size
+        input_ids, is_open = F.pad(input_ids, (0, more)), F.pad(is_open, (0, more))
+        column = torch.arange(input_ids.shape[1], device=length.device)
+        is_fill = (column >= length) & (column < length + -length % size)
+        return input_ids.masked_fill(is_fill, self.processing_class.eos_token_id), None, is_open | is_fill
+
+    def _set_block_length(self) -> None:
+        """The block length of `block_schedule` at this step of the training."""
+        schedule = self.args.block_schedule
+        if schedule:
+            stage = self.state.global_step * len(schedule) // max(1, self.state.max_steps)
+            self._network.config.block_length = schedule[min(stage, len(schedule) - 1)]
+
+    @property
+    def _network(self):
+        return self.accelerator.unwrap_model(self.model)
+
+    def _draw(self, model, is_open: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
+        """What the pictures hide and what it weighs, [B, N, L]."""
+        return draw_masks(
+            is_open,
+            num_samples,
+            self._generator(),
+            block_length=None if self.args.mask_unit == "text" else block_length_of(model),
+            min_ratio=self.args.min_ratio,
+            max_ratio=self.args.max_ratio,
+            complementary=self.args.complementary,
+        )
+
+    def _log_bound(self, model, input_ids: Tensor, mask: Tensor | None, hidden: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum over pictures and tokens of log p, [B]; each picture has a pass of its own."""
+        passes, answers = text_passes(model, input_ids, mask, hidden, self.processing_class.mask_token_id)
+        total = weights.new_zeros(len(input_ids))
+        for answer, scores, weight in zip(answers, model(passes=passes), weights.unbind(1), strict=True):
+            terms = scores.logps * weight.flatten()[answer]
+            total = total.index_add(0, answer // input_ids.shape[1], terms.to(total.dtype))
+        return total
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        input_ids, is_completion = inputs["input_ids"], inputs["is_completion"]
-        generator = self._generator()
-        # Evenly spaced from a random start: uniform for each row, with far less variance of 1/t over the batch.
-        spaced = (torch.rand(1, generator=generator) + torch.arange(len(input_ids)) / len(input_ids)) % 1
-        ratio = 1 - spaced[:, None] * (1 - MIN_RATIO)
-        hidden = torch.rand(input_ids.shape, generator=generator) < ratio
-        hidden = hidden.to(input_ids.device) & is_completion
-        attention_mask = None if inputs["attention_mask"].all() else inputs["attention_mask"]
-        canvases = input_ids.masked_fill(hidden, self.processing_class.mask_token_id)
-        asked, answer = scoring_pass(canvases, attention_mask, input_ids, hidden)
-        (scores,) = model(passes=[asked])
-        weights = 1 / (ratio.to(input_ids.device) * is_completion.sum(1, keepdim=True))
-        loss = -(scores.logps * weights.expand_as(hidden).flatten()[answer]).sum() / len(input_ids)
+        self._set_block_length()
+        input_ids, mask, is_open = self._texts(model, inputs)
+        hidden, weights = self._draw(model, is_open)
+        if self.args.token_weights == "mean":
+            weights = hidden / hidden.sum()
+        else:
+            weights = weights / (is_open.sum(1)[:, None, None] * len(input_ids))
+        loss = -self._log_bound(model, input_ids, mask, hidden, weights).sum()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

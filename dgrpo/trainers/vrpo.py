@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
-from dgrpo.logprobs import scoring_pass
 from dgrpo.trainers.sft import MaskedSFTConfig, MaskedSFTTrainer, encode, fitting
 
 
@@ -30,21 +29,9 @@ class VRPOConfig(MaskedSFTConfig):
             raise ValueError(f"beta={self.beta}: must be a positive finite number.")
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples}: must be at least 1.")
-
-
-def draw_masks(is_completion: Tensor, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hidden positions [n, B, L] of `num_samples` pictures of each row, and each picture's weight C/(n l), [n, B].
-
-    A row's counts l of hidden tokens are uniform in {1..C} over its own C completion tokens, stratified over the
-    pictures; every subset of that size is equally likely. `is_completion` [B, L].
-    """
-    num_rows = len(is_completion)
-    length = is_completion.sum(1)
-    spaced = (torch.rand(1, num_rows, generator=generator) + torch.arange(num_samples)[:, None]) / num_samples
-    counts = (spaced.to(length.device) * length).long().clamp(max=length - 1) + 1
-    noise = torch.rand(num_samples, *is_completion.shape, generator=generator, dtype=torch.float64)
-    noise = noise.to(length.device).masked_fill(~is_completion, 2.0)
-    return noise.argsort(-1).argsort(-1) < counts[..., None], length / (num_samples * counts)
+        for name in ("min_ratio", "max_ratio", "token_weights", "block_schedule"):
+            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={value!r}: VRPO compares ELBOs of one model; leave it out.")
 
 
 class VRPOTrainer(MaskedSFTTrainer):
@@ -84,30 +71,15 @@ class VRPOTrainer(MaskedSFTTrainer):
         sides = [{name: row[f"{side}_{name}"] for name in names} for side in ("chosen", "rejected") for row in rows]
         return super()._collate(sides)
 
-    def _elbo(self, model, inputs: dict[str, Tensor], hidden: Tensor, weights: Tensor) -> Tensor:
-        """Evidence lower bound of each completion in nats, [B]; each picture goes through the network on its own."""
-        input_ids = inputs["input_ids"]
-        attention_mask = None if inputs["attention_mask"].all() else inputs["attention_mask"]
-        mask_id = self.processing_class.mask_token_id
-        asked = [
-            scoring_pass(input_ids.masked_fill(picture, mask_id), attention_mask, input_ids, picture)
-            for picture in hidden
-        ]
-        scores = model(passes=[each for each, _ in asked])
-        total = weights.new_zeros(len(input_ids))
-        for (_, answer), score, weight in zip(asked, scores, weights, strict=True):
-            rows = answer // input_ids.shape[1]
-            total = total.index_add(0, rows, score.logps * weight[rows])
-        return total
-
     def _as_reference(self) -> AbstractContextManager:
         return use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden, weights = draw_masks(inputs["is_completion"], self.args.num_samples, self._generator())
+        *texts, is_open = self._texts(model, inputs)
+        pictures = self._draw(model, is_open, self.args.num_samples)
         with self._as_reference(), torch.no_grad():
-            reference = self._elbo(model, inputs, hidden, weights)
-        gains = self.args.beta * (self._elbo(model, inputs, hidden, weights) - reference)
+            reference = self._log_bound(model, *texts, *pictures)
+        gains = self.args.beta * (self._log_bound(model, *texts, *pictures) - reference)
         chosen, rejected = gains.chunk(2)
         loss = -F.logsigmoid(chosen - rejected).mean()
         found = {"accuracy": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean()}
