@@ -42,8 +42,7 @@ class SFTRecipeConfig:
     convert: str | None = field(
         default=None,
         metadata={
-            "help": "Read a causal Qwen2, Qwen3 or Llama checkpoint in both directions ('bidirectional'), or block by "
-            "block ('block')."
+            "help": "Read a causal Qwen2, Qwen3 or Llama model as one of 'bidirectional' attention, or of 'block'."
         },
     )
     block_length: int | None = field(
