@@ -41,9 +41,7 @@ class SFTRecipeConfig:
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
     convert: str | None = field(
         default=None,
-        metadata={
-            "help": "Read a causal Qwen2, Qwen3 or Llama model as one of 'bidirectional' attention, or of 'block'."
-        },
+        metadata={"help": "How a causal Qwen2, Qwen3 or Llama model is read: 'bidirectional' or 'block'."},
     )
     block_length: int | None = field(
         default=None,
