@@ -13,7 +13,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch and the rest into $(VENV): minutes, depending on the network"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
 gsm8k: install
@@ -22,8 +22,8 @@ gsm8k: install
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -m "not slow and not distributed"
 
-test-all: install
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q
+test-all: test
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 0 -m "slow or distributed"
 
 check: install
 	$(BIN)/ruff check

@@ -192,11 +192,13 @@ def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path):
         "6",
         "--bf16",
         "false",
+        "--p_mask_prompt",
+        "0.15",
         "--dataset",
         "embedded",
         "--reward_funcs",
         "rewards.gsm8k:correctness_reward",
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit, match="block_length=4: this model attends block by block"):
+    with pytest.raises(SystemExit, match="p_mask_prompt=0.15: the model attends in blocks of 4 tokens"):
         dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))

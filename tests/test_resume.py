@@ -228,4 +228,4 @@ def test_a_line_of_progress_shows_the_mean_over_a_rollouts_updates():
     for step, clipped in enumerate([0.0, 0.04, 0.08, 0.0]):
         logs = {"clip_ratio/region_mean": clipped, "entropy": None} | ({"reward": 0.5} if step % 3 == 0 else {})
         progress.on_log(None, state, None, logs=logs)
-    assert [line.split("clipped ")[1] for line in lines] == ["0.0%", "4.0%"]
+    assert [line.split("clip ")[1] for line in lines] == ["0%", "4%"]

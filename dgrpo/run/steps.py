@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from dgrpo.cli import one_line_errors
 from dgrpo.models import load_model
-from dgrpo.models.loading import family_of
+from dgrpo.models.loading import family_of, load_config
 from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
@@ -41,7 +41,8 @@ from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.run.validate import validated
 from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from dgrpo.trainers.plugins import resolve_reward
+from dgrpo.trainers.checks import check_blocks
+from dgrpo.trainers.plugins import configured_estimator, resolve_reward
 from dgrpo.trainers.rewards import checked_rewards
 from dgrpo.trainers.rollouts import RolloutSource
 from dgrpo.views import MaskedViews
@@ -87,6 +88,9 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     # Of a family that attends in blocks, and of a conversion into one; elsewhere it is the sampler's alone.
     in_blocks = convert == "block" or family.block_length is not None
     block_length = getattr(recipe, "block_length", getattr(args, "block_length", None)) if in_blocks else None
+    if isinstance(args, DiffuGRPOConfig):
+        network = load_config(name, model_config.model_revision, convert=convert, block_length=block_length)
+        check_blocks(network, args, args.estimator and configured_estimator(args))
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,

@@ -58,14 +58,17 @@ def check_model(model: Any, tokenizer: Any, args: TrainingArguments) -> None:
     refuse_data_parallel(args)
 
 
-def check_blocks(model: Any, args: Any, estimator: Callable) -> None:
-    """ValueError where settings of the trainer speak of full attention and the model attends block by block."""
+def check_blocks(model: Any, args: Any, estimator: Callable | None) -> None:
+    """ValueError where settings of the trainer speak of full attention and the model attends block by block.
+
+    `model` is the network or its configuration.
+    """
     if (size := block_length_of(model)) is None:
         return
     told = f"the model attends in blocks of {size} tokens, each behind a clean past"
     if args.p_mask_prompt:
         raise ValueError(f"p_mask_prompt={args.p_mask_prompt}: {told}; leave it out, or set it to 0.")
-    if facts_of(estimator).whole_canvas:
+    if estimator is not None and facts_of(estimator).whole_canvas:
         raise ValueError(f"estimator={name_of(estimator)!r}: {told}; take 'elbo', which draws on each block.")
     args.sampler().of(size)
 
