@@ -68,6 +68,16 @@ def test_every_flag_of_d1_has_an_answer_that_exists():
     assert {name for theirs, *_ in rows for name in names_in(theirs)} == set(D1_KEYS.split())
 
 
+def test_the_settings_of_block_models_scripts_have_an_answer_that_exists():
+    from dgrpo import DiffuGRPOConfig, SamplerConfig
+
+    known = {each.name for each in fields(DiffuGRPOConfig)}
+    known |= {f"SamplerConfig.{each.name}" for each in fields(SamplerConfig)}
+    rows = table("docs/migration.md", "theirs")
+    assert {name for _, ours, _ in rows for name in re.findall(r"`([\w.]+)`", ours)} <= known
+    assert len(rows) == 16
+
+
 def test_what_differs_from_trl_is_what_the_page_says():
     from trl import GRPOConfig
 
