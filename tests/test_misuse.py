@@ -132,6 +132,8 @@ COMMAND_LINES = [
     (["--reward_funcs", "no_such"], "is no 'package.module:function' and not installed"),
     (["--reward_funcs", "rewards.countdown:equation_reward"], "asks for the columns"),
     (["--num_generations", "1"], "num_generations=1"),
+    (["--reward_funcs", ":f"], "reward_funcs: cannot import '' of ':f' (ValueError: Empty module name)"),
+    (["--estimator_kwargs", "{"], "a setting's mapping is no JSON"),
     (["--per_device_train_batch_size", "12"], "per_device_train_batch_size=12"),
     (["--num_eval_problems", "0"], "num_eval_problems=0: must be 1 or more"),
     (["--evaluate_every", "-1"], "evaluate_every=-1: must be 0 or more"),

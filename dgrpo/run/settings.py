@@ -102,7 +102,13 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
         if isinstance(value, bool) and action.type in (int, float):
             raise ValueError(f"{action.dest}={value!r}: must be a number.")
     parser.set_defaults_with_config(**settings)
-    *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    try:
+        *configs, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a setting's mapping is no JSON: {error} in {error.doc!r:.80}.") from error
+    except (ValueError, TypeError) as error:
+        # Of the libraries' own checks too.
+        raise ValueError(str(error)) from error
     if rest:
         raise ValueError(f"unknown arguments {rest}. `--help-all` lists the settings.")
     if checkpoint := next((c.resume_from_checkpoint for c in configs if hasattr(c, "resume_from_checkpoint")), None):

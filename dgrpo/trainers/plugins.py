@@ -20,8 +20,9 @@ def load_function(setting: str, name: str) -> Callable:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{setting}: cannot import {module_name!r} of {name!r}: {error}.") from error
+    except Exception as error:  # noqa: BLE001 - the user's code, which may be wrong in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{setting}: cannot import {module_name!r} of {name!r} ({reason}).") from error
     if not callable(function := getattr(module, attribute, None)):
         raise ValueError(f"{setting}: module {module_name!r} has no function {attribute!r}.")
     return function
