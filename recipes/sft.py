@@ -22,8 +22,7 @@ from dgrpo.cli import one_line_errors
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
-from dgrpo.tasks import EMBEDDED, gsm8k
-from dgrpo.tasks.task import read_rows
+from dgrpo.tasks import EMBEDDED, gsm8k, read_rows
 from dgrpo.tiny import problems
 from dgrpo.trainers.checks import check_rows
 from dgrpo.trainers.sft import from_s1k

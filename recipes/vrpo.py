@@ -18,8 +18,7 @@ from dgrpo.evaluation.answers import evaluate
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
-from dgrpo.tasks import EMBEDDED, gsm8k, load_rows
-from dgrpo.tasks.task import read_rows
+from dgrpo.tasks import EMBEDDED, gsm8k, load_rows, read_rows
 from dgrpo.tiny import problems
 from dgrpo.trainers.checks import check_rows
 

@@ -106,7 +106,7 @@ def test_held_out_rows_of_the_hub_beside_a_file_are_read_as_the_hub_s_own(rows_f
 
     real = load_dataset
     monkeypatch.setattr(
-        "dgrpo.tasks.task.load_dataset", lambda name, *a, **o: (real if name == "json" else hub)(name, *a, **o)
+        "dgrpo.tasks.sources.load_dataset", lambda name, *a, **o: (real if name == "json" else hub)(name, *a, **o)
     )
     held_out = load_rows(gsm8k.TASK, rows_file, "openai/gsm8k")[1]
     assert asked == [("openai/gsm8k", "main", "test")]
@@ -329,7 +329,7 @@ def test_countdown_s_hub_rows_of_four_numbers_are_left_out_and_those_of_a_file_a
     rows = [{"nums": list(range(i, i + 3 + i % 2)), "target": i} for i in range(20)]
     train, _ = load_rows(countdown.TASK, write("c.jsonl", rows), num_held_out=2)
     assert {len(numbers) for numbers in train["numbers"]} == {3, 4}
-    monkeypatch.setattr("dgrpo.tasks.task.load_dataset", lambda *args, **options: rows)
+    monkeypatch.setattr("dgrpo.tasks.sources.load_dataset", lambda *args, **options: rows)
     train, held_out = load_rows(countdown.TASK, num_held_out=2)
     assert (len(train), len(held_out)) == (8, 2)
     assert {len(numbers) for numbers in train["numbers"]} == {3}

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import ceil
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.evaluation.interval import mean_interval, wilson_interval
 from dgrpo.models.adapters import merged_adapters
 from dgrpo.noise import row_keys
 from dgrpo.sampling import Rollout, SamplerConfig, end_token_ids, generate
@@ -43,7 +43,7 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model wrote on n problems and how much of it is right."""
+    """What a model wrote on n problems, and how much of it is right or, with `scores`, its mean grade."""
 
     completions: list[str]
     correct: list[bool]
@@ -52,11 +52,15 @@ class Evaluation:
     seconds: float
     num_tokens: int
     coverage: dict[str, Any] | None = None  # what `dgrpo.evaluation.samples.coverage` found, where it was asked for
+    scores: list[float] | None = None  # the grades, where their mean is the figure and not the share that is 1
 
     @classmethod
-    def of(cls, answers: Sequence[Answer], num_processes: int = 1) -> "Evaluation":
-        """The answers as a whole; they took the mean of what each process spent on them."""
+    def of(
+        cls, answers: Sequence[Answer], num_processes: int = 1, measure: Literal["accuracy", "score"] = "accuracy"
+    ) -> "Evaluation":
+        """The answers as a whole; they took the mean of what each process spent on them. No grade counts as 0."""
         return cls(
+            scores=[answer.mark or 0.0 for answer in answers] if measure == "score" else None,
             completions=[answer.text for answer in answers],
             correct=[answer.mark == 1.0 for answer in answers],
             reasons=[answer.reasons for answer in answers],
@@ -74,9 +78,19 @@ class Evaluation:
         return sum(self.correct) / self.n
 
     @property
+    def measure(self) -> str:
+        """What the figure is: "accuracy", or "score", the mean grade."""
+        return "accuracy" if self.scores is None else "score"
+
+    @property
+    def figure(self) -> float:
+        """The mean score where there are scores, else the accuracy."""
+        return self.accuracy if self.scores is None else sum(self.scores) / self.n
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy."""
-        return wilson_interval(self.accuracy, self.n)
+        """The 95 % interval of the figure: Wilson's of an accuracy, `mean_interval` of a score."""
+        return wilson_interval(self.accuracy, self.n) if self.scores is None else mean_interval(self.scores)
 
     @property
     def accuracy_where_it_reasons(self) -> float | None:
@@ -94,13 +108,17 @@ class Evaluation:
         return self.num_tokens / self.seconds
 
     def flips(self, later: "Evaluation") -> dict[str, int]:
-        """How many of the same problems went from wrong to right, and from right to wrong, in a later evaluation."""
-        pairs = list(zip(self.correct, later.correct, strict=True))
-        return {"gained": pairs.count((False, True)), "lost": pairs.count((True, False))}
+        """How many of the same problems went from wrong to right, and from right to wrong, in a later evaluation.
+
+        With scores: on how many the score rose, and fell.
+        """
+        first, second = (each.correct if each.scores is None else each.scores for each in (self, later))
+        pairs = list(zip(first, second, strict=True))
+        return {"gained": sum(a < b for a, b in pairs), "lost": sum(a > b for a, b in pairs)}
 
     def summary(self) -> dict[str, Any]:
         return {
-            "accuracy": self.accuracy,
+            self.measure: self.figure,
             "n": self.n,
             "interval": list(self.interval),
             "reasons": sum(self.reasons) / self.n,
@@ -183,8 +201,11 @@ def answer_rows(
         if process_index < len(turn):
             texts, ended = read_completions(rollout, tokenizer, end_token_ids(model))
             prompts = [row["prompt"] for row in part]
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
+            plain = isinstance(prompts[0], str)
+            completions = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
             columns = {name: [row[name] for row in part] for name in part[0] if name != "prompt"}
+            kept = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+            columns["completion_ids"] = [ids[inside].tolist() for ids, inside in kept]
             marks = grade(prompts=prompts, completions=completions, **columns)
             reasons = [mark == 1.0 for mark in format_reward(prompts=prompts, completions=completions)]
             lengths = rollout.completion_mask.sum(1).tolist()
@@ -219,11 +240,15 @@ def evaluate(
     config: SamplerConfig,
     *,
     num_processes: int = 1,
+    measure: Literal["accuracy", "score"] = "accuracy",
     **settings: Any,
 ) -> Evaluation:
-    """Accuracy and the rest of `answer_rows`, which takes the same arguments; right is a grade of exactly 1."""
+    """Accuracy and the rest of `answer_rows`, which takes the same arguments; right is a grade of exactly 1.
+
+    With `measure` "score" the mean grade is the figure.
+    """
     answers = answer_rows(model, tokenizer, rows, grade, config, num_processes=num_processes, **settings)
-    return Evaluation.of(answers, num_processes)
+    return Evaluation.of(answers, num_processes, measure)
 
 
 @contextmanager

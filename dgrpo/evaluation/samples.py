@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from math import comb
 from typing import Any
 
-import numpy as np
-
 from dgrpo.evaluation.answers import answer_rows
-from dgrpo.evaluation.interval import wilson_interval
+from dgrpo.evaluation.interval import bootstrap_interval, wilson_interval
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import Task
-
-RESAMPLES = 2000  # of the bootstrap: its ends are then good to about a tenth of the interval
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,6 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     Averaged over the draw of the samples it is 1 - (1 - p)^k; putting the share right for p is biased.
     """
     return 1.0 - comb(num_samples - num_right, k) / comb(num_samples, k)
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, over problems drawn with replacement; a function of the values."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(np.asarray(values)[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def pass_scores(right: Sequence[Sequence[bool]], ks: Sequence[int]) -> list[Score]:

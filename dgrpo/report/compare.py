@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dgrpo.report.curves import draw_curves, with_summary_accuracy
-from dgrpo.report.metrics import Metrics
+from dgrpo.report.metrics import FIGURES, Metrics, figure_of
 from dgrpo.report.run_folder import method_of, read_config, read_metrics, read_summary
 from dgrpo.text import duration, printable
 
@@ -136,15 +136,14 @@ def compare_table(kinds: dict[str, list[Run]]) -> Table:
 
 
 def _cells(name: str, summary: dict) -> list[Text]:
-    accuracies = [(summary.get(key) or {}).get("accuracy") for key in ("before", "after")]
-    before, after = accuracies
+    (_, before, unit), (_, after, _) = (figure_of(summary.get(key) or {}) for key in ("before", "after"))
     gain = None if before is None or after is None else after - before
     texts = [
         name,
         *(str(summary.get(key, "")) for key in ("method", "task", "model", "seed")),
         str((summary.get("after") or summary.get("before") or {}).get("n", "-")),
         *(_with_spread(summary.get(key) or {}) for key in ("before", "after")),
-        "-" if gain is None else f"{100 * gain:+.1f}",
+        "-" if gain is None else unit.number(gain, "+"),
         str(summary.get("steps", "-")),
         duration(summary["wall_seconds"]) if summary.get("wall_seconds") is not None else "-",
     ]
@@ -155,14 +154,15 @@ def _cells(name: str, summary: dict) -> list[Text]:
 
 
 def _with_spread(result: dict) -> str:
-    """An accuracy with its interval, or with the standard deviation over seeds."""
-    if "accuracy" not in result:
+    """A held-out figure with its interval, or with the standard deviation over seeds."""
+    _, figure, unit = figure_of(result)
+    if figure is None:
         return "-"
-    text = f"{100 * result['accuracy']:.1f} %"
+    text = unit.number(figure) + unit.sign
     if "spread" in result:
-        return f"{text} \u00b1 {100 * result['spread']:.1f}"
+        return f"{text} \u00b1 {unit.number(result['spread'])}"
     if low_high := result.get("interval"):
-        text += " ({:.1f} - {:.1f})".format(*(100 * end for end in low_high))
+        text += " ({} - {})".format(*map(unit.number, low_high))
     return text
 
 
@@ -171,9 +171,10 @@ def _mean(runs: Sequence[Run]) -> dict:
     mean: dict = {}
     for key in ("before", "after"):
         results = [run.summary.get(key) or {} for run in runs]
-        if all("accuracy" in result for result in results):
-            values = [result["accuracy"] for result in results]
-            mean[key] = {"accuracy": statistics.fmean(values), "spread": statistics.stdev(values)}
+        for name in FIGURES:
+            if all(name in result for result in results):
+                values = [result[name] for result in results]
+                mean[key] = {name: statistics.fmean(values), "spread": statistics.stdev(values)}
     for key in ("steps", "wall_seconds"):
         if all(key in run.summary for run in runs):
             mean[key] = round(sum(run.summary[key] for run in runs) / len(runs))

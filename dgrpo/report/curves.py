@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgrpo.report.metrics import CHARTS, Metrics, columns_of
+from dgrpo.report.metrics import CHARTS, Metrics, columns_of, figure_of
 
 # matplotlib is imported where it draws: reading a run and writing its page do without.
 
@@ -13,14 +13,15 @@ INK, MUTED, GRID = "#1b1b1a", "#5d5c58", "#e2e1dc"
 
 
 def with_summary_accuracy(metrics: Metrics, summary: dict) -> Metrics:
-    """The metrics, with the accuracy before and after training as ends of the held-out curve where it lacks them."""
-    points = dict(metrics.get("eval_accuracy", []))
+    """The metrics, with the figure before and after training as ends of the held-out curve where it lacks them."""
+    name = f"eval_{figure_of(summary.get('before') or {})[0]}"
+    points = dict(metrics.get(name, []))
     last = summary.get("steps") or max((values[-1][0] for values in metrics.values()), default=0)
     for key, step in (("before", 0), ("after", last)):
-        accuracy = (summary.get(key) or {}).get("accuracy")
-        if accuracy is not None:
-            points.setdefault(step, accuracy)
-    return {**metrics, "eval_accuracy": sorted(points.items())} if points else metrics
+        figure = figure_of(summary.get(key) or {})[1]
+        if figure is not None:
+            points.setdefault(step, figure)
+    return {**metrics, name: sorted(points.items())} if points else metrics
 
 
 def moving_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dgrpo.report import selections
 from dgrpo.report.curves import draw_curves, with_summary_accuracy
-from dgrpo.report.metrics import CHARTS, PHASES, Chart, Metrics, columns_of, warnings
+from dgrpo.report.metrics import CHARTS, PHASES, Chart, Metrics, columns_of, figure_of, warnings
 from dgrpo.report.page import write_page
 from dgrpo.report.run_folder import (
     Completion,
@@ -82,17 +82,20 @@ def report_data(run_dir: Path) -> dict:
 def tiles(summary: dict, metrics: Metrics) -> list[dict]:
     """The few numbers at the top: label, value and a remark."""
     shown = []
-    for key, label in (("before", "Accuracy before"), ("after", "Accuracy after")):
+    figures = []
+    for key in ("before", "after"):
         result = summary.get(key) or {}
-        accuracy, count = result.get("accuracy"), result.get("n")
-        if accuracy is not None:
-            parts = [f"{count} problems"] if count else []
+        name, figure, unit = figure_of(result)
+        if figure is not None:
+            parts = [f"{result['n']} problems"] if result.get("n") else []
             if interval := result.get("interval"):
-                parts.insert(0, f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %")
-            shown.append({"label": label, "value": f"{100 * accuracy:.1f} %", "remark": ", ".join(parts)})
-    if len(shown) == 2:
-        gain = 100 * (summary["after"]["accuracy"] - summary["before"]["accuracy"])
-        shown.append({"label": "Gain", "value": f"{gain:+.1f}", "remark": "percentage points"})
+                parts.insert(0, " to ".join(unit.number(end) for end in interval) + unit.sign)
+            value = unit.number(figure) + unit.sign
+            shown.append({"label": f"{name.capitalize()} {key}", "value": value, "remark": ", ".join(parts)})
+            figures.append(figure)
+    if len(figures) == 2:
+        gain = {"value": unit.number(figures[1] - figures[0], "+"), "remark": unit.of_gain}
+        shown.append({"label": "Gain"} | gain)
     shown += coverage_tiles(summary)
     if rewards := [value for _, value in metrics.get("reward", [])]:
         tenth = max(1, len(rewards) // 10)

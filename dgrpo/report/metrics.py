@@ -4,10 +4,33 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 # metric -> [(step, value)], by increasing step
 # Points of each column by step, or by whatever a comparison counts.
 Metrics = dict[str, list[tuple[float, float]]]
+
+
+class Unit(NamedTuple):
+    """How a held-out figure is written."""
+
+    factor: float
+    digits: int
+    sign: str
+    of_gain: str
+
+    def number(self, value: float, plus: str = "") -> str:
+        return f"{self.factor * value:{plus}.{self.digits}f}"
+
+
+# By what a summary calls its figure.
+FIGURES = {"accuracy": Unit(100, 1, " %", "percentage points"), "score": Unit(1, 3, "", "of the mean score")}
+
+
+def figure_of(result: dict) -> tuple[str, float | None, Unit]:
+    """The held-out figure of a summary's `before` or `after`: its name, its value (None: there is none), its unit."""
+    name = next((name for name in FIGURES if result.get(name) is not None), "accuracy")
+    return name, result.get(name), FIGURES[name]
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ METRICS = (
     ),
     Metric("rewards/*/non_finite", "values that were NaN or infinite", "0", most=0.0, remedy="mend the reward"),
     Metric("eval_accuracy", "share of held-out problems answered right", "follows the reward"),
+    Metric("eval_score", "mean over the held-out rows of the rewards, or of `grade`", "follows the reward"),
     Metric("eval_reasons", "share of held-out completions in the format that was asked for"),
     Metric("kl", "KL divergence to the reference policy, per token", "grows slowly"),
     Metric(
@@ -121,6 +145,7 @@ CHARTS = (
         right="eval_accuracy",
     ),
     Chart("Reward", "mean of the batch", {"reward": "reward"}, in_image=True),
+    Chart("Held-out score", "mean of the held-out rows", {"eval_score": "score"}, in_image=True),
     Chart("Reward by function", "before weighting", {"rewards/*/mean": "*"}),
     Chart(
         "Held-out accuracy",

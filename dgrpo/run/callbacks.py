@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ _SHOWN = {
     "tokens_per_second": ("tokens/s", "{:.0f}"),
 }
 
+
+# How the held-out figure is written, by what the task measures.
+FORMATS = {"accuracy": ".1%", "score": ".3f"}
 
 # Logged at every update. A line stands for a rollout and shows their mean since the line before: at a rollout's first
 # update the policy is still the one that sampled.
@@ -171,7 +175,7 @@ class MetricsFile(TrainerCallback):
 
 
 class HeldOutEvaluation(TrainerCallback):
-    """Greedy accuracy on held-out problems before, every `every` updates, and after training; disturbs nothing."""
+    """Greedy accuracy, or mean score, on held-out rows before, after and every `every` updates; disturbs nothing."""
 
     def __init__(
         self,
@@ -225,12 +229,15 @@ class HeldOutEvaluation(TrainerCallback):
             config = replace(trainer.sampler_config, temperature=0.0)
             if self.sampler != "training":
                 config = greedy(config) if self.sampler == "exact" else replace(config, cache=None, cache_refresh=None)
-            found = evaluate(*asked, self.rows, self.task.grade, config, on_batch=bar.update, **settings)
+            measure = self.task.measure
+            found = evaluate(
+                *asked, self.rows, self.task.grade, config, measure=measure, on_batch=bar.update, **settings
+            )
             if with_coverage and self.coverage_problems:
                 few = self.rows[: self.coverage_problems]
                 found = replace(found, coverage=coverage(*asked, few, self.task.grade, self._samplers(), **settings))
         step = trainer.state.global_step
-        logs = {"eval_accuracy": found.accuracy, "eval_reasons": sum(found.reasons) / found.n}
+        logs = {f"eval_{measure}": found.figure, "eval_reasons": sum(found.reasons) / found.n}
         logs["time/evaluation"] = time.perf_counter() - started
         trainer.state.log_history.append({**logs, "step": step})
         if trainer.state.is_world_process_zero:
@@ -238,11 +245,9 @@ class HeldOutEvaluation(TrainerCallback):
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
                     callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
-            low, high = found.interval
-            tqdm.write(
-                f"held-out accuracy at step {step}: {found.accuracy:.1%} ({low:.1%} to {high:.1%}, n={found.n}), "
-                f"{sum(found.reasons) / found.n:.0%} reason"
-            )
+            figure, low, high = (f"{each:{FORMATS[measure]}}" for each in (found.figure, *found.interval))
+            reason = f", {sum(found.reasons) / found.n:.0%} reason" if measure == "accuracy" else ""
+            tqdm.write(f"held-out {measure} at step {step}: {figure} ({low} to {high}, n={found.n}){reason}")
         return found
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -269,7 +274,7 @@ class HeldOutEvaluation(TrainerCallback):
             # Not when training has ended: by then trackio has closed its run.
             self._measure_the_end()
         elif self.every and state.global_step % self.every == 0:
-            self._keep_if_best(self.measure().accuracy)
+            self._keep_if_best(self.measure().figure)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.after is None and not self.interrupted():
@@ -278,14 +283,14 @@ class HeldOutEvaluation(TrainerCallback):
     def _measure_the_end(self) -> None:
         self.after = self.measure(with_coverage=True)
         if self.every:
-            self._keep_if_best(self.after.accuracy)
+            self._keep_if_best(self.after.figure)
 
-    def _keep_if_best(self, accuracy: float) -> None:
+    def _keep_if_best(self, figure: float) -> None:
         """Saves the weights as `best` where no earlier ones of this run, the untrained ones aside, answer as well."""
-        state = self.trainer.state
-        known = [row["eval_accuracy"] for row in state.log_history[:-1] if row["step"] and "eval_accuracy" in row]
-        if self.keeps_best and accuracy > max(known, default=-1.0):
-            self.trainer.checkpoints.save_best({"step": state.global_step, "eval_accuracy": accuracy})
+        state, name = self.trainer.state, f"eval_{self.task.measure}"
+        known = [row[name] for row in state.log_history[:-1] if row["step"] and name in row]
+        if self.keeps_best and figure > max(known, default=-math.inf):
+            self.trainer.checkpoints.save_best({"step": state.global_step, name: figure})
 
 
 def attach(trainer: DiffuGRPOTrainer, callbacks: Sequence[TrainerCallback]) -> None:

@@ -43,7 +43,7 @@ from dgrpo.tasks import EMBEDDED, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.checks import check_blocks
 from dgrpo.trainers.plugins import configured_estimator, resolve_reward
-from dgrpo.trainers.rewards import checked_rewards
+from dgrpo.trainers.rewards import check_columns, checked_rewards
 from dgrpo.trainers.rollouts import RolloutSource
 from dgrpo.views import MaskedViews
 
@@ -150,6 +150,7 @@ def build(
     )
     rewards = rewards_of(recipe)
     checked_rewards(rewards, train_rows, args)
+    check_columns([task.grade], train_rows.column_names)
     if recipe.validate:
         train_rows = validated(train_rows, rewards, task, Path(args.output_dir) / "left_out.jsonl")
     args.check_num_prompts(len(train_rows))
@@ -284,15 +285,33 @@ def train(
     return summary
 
 
-def run_task(task: Task, recipe_file: str, rollout_source: RolloutSource | None = None) -> dict:
-    """A recipe, from its settings to its results: the summary."""
-    recipe, args, model_config = parse_recipe(recipe_file)
+def run_task(
+    task: Task | Callable[[Any, DiffuGRPOConfig], Task],
+    recipe_file: str,
+    recipe_type: type = RecipeConfig,
+    rollout_source: RolloutSource | None = None,
+) -> dict:
+    """A recipe, from its settings to its results: the summary.
+
+    Args:
+        task: the task, or a function of (recipe, args) that makes it.
+        recipe_file: the recipe; the settings of the embedded model are in the YAML beside it.
+        recipe_type: what the recipe's own settings are.
+        rollout_source: where rollouts come from; by default the policy itself.
+    """
+    recipe, args, model_config = parse_recipe(recipe_file, recipe_type, DiffuGRPOConfig, ModelConfig)
     with run_folder(args, recipe, model_config) as checkpoint:
+        task = task if isinstance(task, Task) else task(recipe, args)
         trainer, held_out = build(task, recipe, args, model_config, rollout_source=rollout_source)
         return train(trainer, task, held_out, recipe, model_config, checkpoint)
 
 
-def main(task: Task, recipe_file: str, rollout_source: RolloutSource | None = None) -> None:
+def main(
+    task: Task | Callable[[Any, DiffuGRPOConfig], Task],
+    recipe_file: str,
+    recipe_type: type = RecipeConfig,
+    rollout_source: RolloutSource | None = None,
+) -> None:
     """`run_task` as a program: what a user got wrong is told in one line."""
     with one_line_errors():
-        run_task(task, recipe_file, rollout_source)
+        run_task(task, recipe_file, recipe_type, rollout_source)

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from trl import ModelConfig
 
-from dgrpo.run.callbacks import HeldOutEvaluation
+from dgrpo.run.callbacks import FORMATS, HeldOutEvaluation
 from dgrpo.trainers import DiffuGRPOTrainer
 
 
@@ -43,16 +43,20 @@ def summary_of(
 def samples_of(evaluation: HeldOutEvaluation, number: int = 24) -> list[dict]:
     """Held-out problems with the completions before and after training; those whose grade changed come first."""
     before, after = evaluation.before, evaluation.after
-    order = sorted(range(before.n), key=lambda k: before.correct[k] == after.correct[k])
+    grades = before.scores or before.correct, after.scores or after.correct
+    order = sorted(range(before.n), key=lambda k: grades[0][k] == grades[1][k])
     return [
         {
-            "prompt": evaluation.rows[k]["question"],
+            "prompt": str(evaluation.rows[k]["question"]),
             "gold": str(evaluation.rows[k].get("answer", "")),
             "before": before.completions[k],
             "after": after.completions[k],
-            "before_right": before.correct[k],
-            "after_right": after.correct[k],
         }
+        | (
+            {"before_right": before.correct[k], "after_right": after.correct[k]}
+            if before.scores is None
+            else {"before_score": before.scores[k], "after_score": after.scores[k]}
+        )
         for k in order[:number]
     ]
 
@@ -62,20 +66,21 @@ def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
     console = Console()
     for sample in samples:
         prompt, gold = escape(sample["prompt"]), escape(sample["gold"])
-        console.print(f"\n[bold]{prompt}[/bold]  (answer {gold})", highlight=False)
+        console.print(f"\n[bold]{prompt}[/bold]{f'  (answer {gold})' if gold else ''}", highlight=False)
         for when in ("before", "after"):
             console.print(f"  {when:>6}: {sample[when]!r}", markup=False, highlight=False)
     sampler = "" if summary["eval_sampler"] == "exact" else f" ({summary['eval_sampler']} sampler)"
     table = Table(title=f"{summary['task']}, held-out, greedy{sampler}, n={summary['before']['n']}")
-    for column in ("", "accuracy", "95 % interval", "reason", "length"):
+    measure = "score" if "score" in summary["before"] else "accuracy"
+    for column in ("", measure, "95 % interval", "reason", "length"):
         table.add_column(column, justify="left" if not column else "right")
     for when in ("before", "after"):
         found = summary[when]
-        low, high = found["interval"]
+        figure, low, high = (f"{each:{FORMATS[measure]}}" for each in (found[measure], *found["interval"]))
         table.add_row(
             when,
-            f"{found['accuracy']:.1%}",
-            f"{low:.1%} - {high:.1%}",
+            figure,
+            f"{low} - {high}",
             f"{found['reasons']:.0%}",
             f"{found['mean_length']:.1f}",
         )
@@ -83,7 +88,7 @@ def show_summary(summary: dict, samples: list[dict], output_dir: Path) -> None:
     console.print(table)
     before = summary["before"]
     where_it_reasons = before["accuracy_where_it_reasons"]
-    if where_it_reasons is not None:
+    if where_it_reasons is not None and measure == "accuracy":
         console.print(
             f"Before training, the model showed its reasoning on {round(before['reasons'] * before['n'])} of "
             f"{before['n']} problems; {where_it_reasons:.1%} of those answers were right."

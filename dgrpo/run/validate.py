@@ -5,6 +5,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trl.trainer.utils import get_callable_name
 
 from dgrpo.tasks import Task
 from dgrpo.trainers.rewards import required_columns
+from rewards.text import short_answer
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +62,8 @@ def validate(
     """Puts each row's reference, as a completion, through the rewards that judge by a column of the row.
 
     A reference passes where each of these rewards gives it 1 (or, where a reward gives 1 to none, its highest score):
-    the whole completion, or its answer block alone, as a reward may pay only for answers without reasoning. Rewards
-    that ask for no column (length, format) judge no reference and are not asked.
+    the whole completion, its answer block alone, or the answer without tags, as a reward may pay for one form
+    only. Rewards that ask for no column (length, format) judge no reference and are not asked.
 
     Args:
         rows: rows as `load_rows` gives them.
@@ -135,32 +137,26 @@ def _number(score: float | str | None) -> float:
 
 
 def _best_scores(reward: Callable, rows: list[dict[str, Any]], golds: list[str]) -> list[float | str | None]:
-    """A reward's scores of some references; of those below 1, of the answer block alone where that is more."""
+    """A reward's scores of some references; of those below 1, of the answer alone where that is more."""
     scores = _scores(reward, rows, golds)
-    again = [index for index, score in enumerate(scores) if _number(score) < 1]
-    alone = [golds[index].rpartition("</reasoning>")[2].lstrip() for index in again]
-    other = _scores(reward, [rows[index] for index in again], alone) if again else []
-    for index, score in zip(again, other, strict=True):
-        scores[index] = score if _number(score) > _number(scores[index]) else scores[index]
+    # The answer block alone, and what stands in it.
+    for alone in (lambda gold: gold.rpartition("</reasoning>")[2].lstrip(), lambda gold: short_answer(gold) or ""):
+        again = [index for index, score in enumerate(scores) if _number(score) < 1]
+        if again:
+            other = _scores(reward, [rows[index] for index in again], [alone(golds[index]) for index in again])
+            for index, score in zip(again, other, strict=True):
+                scores[index] = score if _number(score) > _number(scores[index]) else scores[index]
     return scores
 
 
 def _scores(reward: Callable, rows: list[dict[str, Any]], golds: Sequence[str]) -> list[float | str | None]:
     """A reward's scores of some references; of a row at which it raises, the error."""
     columns = {name: [row.get(name) for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
-    # What TRL passes as well.
-    columns |= {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}  # type: ignore[dict-item]
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward).parameters.values())
-    known = columns if takes_all else {n: v for n, v in columns.items() if n in inspect.signature(reward).parameters}
-    if takes_all or "completion_ids" in inspect.signature(reward).parameters:
-        known = known | {"completion_ids": [[] for _ in rows]}
     prompts = [row.get("prompt") for row in rows]
     plain = bool(prompts) and isinstance(prompts[0], str)
     completions = [gold if plain else [{"role": "assistant", "content": gold}] for gold in golds]
     try:
-        values = reward(prompts=prompts, completions=completions, **known)
-        if inspect.iscoroutine(values):
-            values = asyncio.run(values)
+        values = call_reward(reward, prompts, completions, columns)
         if len(values) != len(rows):
             raise ValueError(f"{len(values)} values for {len(rows)} completions")
         return list(values)
@@ -168,3 +164,19 @@ def _scores(reward: Callable, rows: list[dict[str, Any]], golds: Sequence[str]) 
         if len(rows) == 1:
             return [f"{type(error).__name__}: {error}"]
         return [_scores(reward, [row], [gold])[0] for row, gold in zip(rows, golds, strict=True)]
+
+
+def call_reward(reward: Callable, prompts: list, completions: list, columns: dict[str, list]) -> list:
+    """What a reward, perhaps an asynchronous one, returns when it gets what it takes of what TRL passes."""
+    # What TRL passes as well.
+    given = {"completion_ids": [[] for _ in prompts]} | columns
+    given |= {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}  # type: ignore[dict-item]
+    parameters = inspect.signature(reward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    taken = given if takes_all else {name: value for name, value in given.items() if name in parameters}
+    values = reward(prompts=prompts, completions=completions, **taken)
+    if inspect.iscoroutine(values):
+        # In a thread of its own: a notebook has a loop running already.
+        with ThreadPoolExecutor(1) as pool:
+            values = pool.submit(asyncio.run, values).result()
+    return values

@@ -3,6 +3,7 @@
 import importlib
 
 from dgrpo.tasks import countdown, gsm8k, math500, programs, sudoku
+from dgrpo.tasks.sources import read_rows
 from dgrpo.tasks.task import EMBEDDED, Task, load_rows, prompt_messages
 
 TASKS: dict[str, Task] = {
@@ -26,4 +27,4 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["EMBEDDED", "TASKS", "Task", "find_task", "load_rows", "prompt_messages"]
+__all__ = ["EMBEDDED", "TASKS", "Task", "find_task", "load_rows", "prompt_messages", "read_rows"]

@@ -1,18 +1,15 @@
 """A task: where its rows come from, how the question is put, and what counts as right."""
 
-import json
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pandas as pd
 import pyarrow
-import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers.utils import logging
 
 from dgrpo.noise import fixed_order
+from dgrpo.tasks.sources import Rows, has_splits, read_rows, sources_of
 from dgrpo.tiny.problems import Messages
 from rewards.text import short_answer
 
@@ -21,7 +18,6 @@ logger = logging.get_logger(__name__)
 # What --dataset says for the generated problems that the embedded default trains on.
 EMBEDDED = "embedded"
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # Columns of a file that the prompt takes the place of, or that TRL would read as pictures.
 _NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")
 # Arguments that the trainer itself passes to every reward.
@@ -32,9 +28,10 @@ _TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extr
 class Task:
     """What training and evaluation need to know about a task; all that is peculiar to it stands here.
 
-    `to_row` turns a row of the source into {"question", <columns that the rewards read>}. `grade` is a reward whose
-    1.0 means right, so that training reward and accuracy cannot drift apart. A task of your own needs no more than
-    these two, `name` and `instruction`.
+    `to_row` turns a row of the source into {"question", <columns that the rewards read>}; the prompt is the question
+    below the instruction, unless the row brings its own as "prompt". `grade` is a reward whose 1.0 means right, so
+    that training reward and accuracy cannot drift apart. A task of your own needs no more than these two, `name` and
+    `instruction`.
     """
 
     name: str
@@ -50,8 +47,13 @@ class Task:
     held_out_split: str | None = "test"
     # What of a row (as `to_row` gives it) must never be both in training and held out.
     split_key: Callable[[dict[str, Any]], Hashable] = lambda row: row["question"]
-    # Which rows of an undivided source are held out; None: a fifth of them.
+    # Which rows of an undivided source are held out; None: this share of the keys.
     is_held_out: Callable[[dict[str, Any]], bool] | None = None
+    held_out_share: float = 0.2
+    # The held-out figure: the share of completions whose grade is 1, or the mean grade.
+    measure: Literal["accuracy", "score"] = "accuracy"
+    # How the rows of (source, split, configuration) are read.
+    read: Callable[[str, str, str | None], Rows] = read_rows
     # Which rows of the hub's dataset are used; None: all. Local files are taken as they are.
     keep: Callable[[dict[str, Any]], bool] | None = None
     # The completion that a row's reference amounts to, for `dgrpo.run.validate`; None: the row carries none.
@@ -99,54 +101,6 @@ def prompt_messages(question: str, instruction: str) -> Messages:
     return [{"role": "user", "content": f"{instruction}\n\n{question}" if instruction else question}]
 
 
-def is_file(source: str) -> bool:
-    """Whether a dataset is named as a local file, by its suffix."""
-    return Path(source).suffix.lower() in _SUFFIXES
-
-
-def read_rows(source: str, split: str, config: str | None = None) -> list[dict[str, Any]]:
-    """Rows of a local .jsonl, .json, .csv or .parquet file, or of a split of a dataset on the hub.
-
-    Raises ValueError for a file that is missing, damaged (by line, where it has lines), empty or of another kind.
-    """
-    path = Path(source)
-    if not is_file(source):
-        if path.is_file():
-            raise ValueError(
-                f"dataset={source!r}: no {path.suffix or 'such'} files are read; {', '.join(_SUFFIXES)} are."
-            )
-        return list(load_dataset(source, config, split=split))
-    if not path.is_file():
-        raise ValueError(f"dataset={source!r}: there is no such file.")
-    rows: Any
-    try:
-        if path.suffix.lower() == ".csv":
-            # Digits such as "0102" are text: nothing may be read as a number on the way.
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
-        elif path.suffix.lower() == ".parquet":
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        else:
-            rows = _json_rows(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"dataset={source!r}: the file cannot be read: {str(error).strip()}") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"dataset={source!r}: must be rows of named fields, at least one.")
-    return rows  # type: ignore[no-any-return]
-
-
-def _json_rows(text: str) -> list[Any]:
-    """The rows of one JSON list, or of an object on each line."""
-    if text.lstrip().startswith("["):
-        return list(json.loads(text))
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is no JSON object ({error.msg}, column {error.colno}).") from error
-    return rows
-
-
 def load_rows(
     task: Task,
     dataset: str | None = None,
@@ -159,11 +113,12 @@ def load_rows(
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out rows {"prompt", "question", columns...} of a task; no `split_key` stands in both.
 
-    dataset: a hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, or
-    "embedded". A file's other columns are kept for rewards. Held-out rows come from `eval_dataset` if given, else from
-    the hub's held-out split, else the source is divided: by the task's own rule, or a fifth is held out, which rows
-    depending on nothing but the source. Training rows whose key occurs in any held-out row, of which the first
-    `num_held_out` are returned, are left out, with a count; where `eval_dataset` is `dataset`, all of them.
+    dataset: a hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, a
+    part of one or several (`dgrpo.tasks.sources`), or "embedded". Other columns than the task's are kept for rewards.
+    Held-out rows come from `eval_dataset` if given, else from the hub's held-out split, else the source is divided: by
+    the task's own rule, or a share is held out, which rows depending on nothing but the source. Training rows whose
+    key occurs in any held-out row, of which the first `num_held_out` are returned, are left out, with a count; where
+    `eval_dataset` is `dataset`, all of them.
 
     Raises ValueError for a file that is missing or rows without the expected fields.
     """
@@ -185,7 +140,7 @@ def load_rows(
         held_out = _converted(task, task.embedded("held_out", num_held_out, 0))
     elif eval_dataset is not None:
         held_out = _rows_of(task, eval_dataset, task.held_out_split or "train")
-    elif is_file(source) or task.held_out_split is None:
+    elif task.held_out_split is None or not has_splits(source):
         train, held_out = _divided(task, train)
     else:
         held_out = _rows_of(task, source, task.held_out_split)
@@ -195,7 +150,11 @@ def load_rows(
     if left_out := len(train) - len(disjoint):
         logger.warning(f"dataset={source!r}: {left_out} training rows occur in the held-out rows and are left out.")
     if not held_out or not (disjoint or source == eval_dataset):
-        raise ValueError(f"dataset={source!r}: no rows are left for {'training' if held_out else 'evaluation'}.")
+        raise ValueError(
+            f"dataset={source!r}: no rows are left for {'training' if held_out else 'evaluation'} "
+            f"({len(disjoint)} to train on, {len(held_out)} held out, equal prompts on one side). Give more rows, or "
+            "others to evaluate on as eval_dataset."
+        )
     instruction = task.instruction if instruction is None else instruction
     train_rows, held_out_rows = (
         _dataset([{"prompt": prompt_messages(row["question"], instruction), **row} for row in rows])
@@ -205,9 +164,9 @@ def load_rows(
 
 
 def _rows_of(task: Task, source: str, split: str) -> list[dict[str, Any]]:
-    """The task's rows of a split of a hub dataset, or of a file, with the file's other columns."""
-    own = source == task.hub_name
-    rows = _converted(task, read_rows(source, split, task.hub_config if own else None), others=is_file(source))
+    """The task's rows of a source, with the other columns of what is not the task's own."""
+    own = all(each.name == task.hub_name for each in sources_of(source))
+    rows = _converted(task, task.read(source, split, task.hub_config if own else None), others=not own)
     return list(filter(task.keep, rows)) if own else rows
 
 
@@ -255,7 +214,7 @@ def _divided(task: Task, rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Training and held-out part of one source, the same whoever asks: the trainer, or a later evaluation."""
     if task.is_held_out is None:
         keys = sorted({task.split_key(row) for row in rows}, key=lambda key: fixed_order(repr(key)))
-        held_out = set(keys[: max(1, len(keys) // 5)])
+        held_out = set(keys[: max(1, int(len(keys) * task.held_out_share))])
         is_held_out = [task.split_key(row) in held_out for row in rows]
     else:
         is_held_out = [task.is_held_out(row) for row in rows]
