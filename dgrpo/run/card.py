@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import HfApi, constants
 from transformers import TrainingArguments
 
+from dgrpo.report.metrics import figure_of
 from dgrpo.report.run_folder import method_of, read_config, read_summary
 from dgrpo.tasks import EMBEDDED
 
@@ -88,11 +89,13 @@ def _results(summary: dict[str, Any]) -> list[str]:
     rows = []
     for when in ("before", "after"):
         if (found := summary.get(when)) and found.get("interval"):
-            low, high = found["interval"]
-            rows.append(f"| {when} | {found['accuracy']:.1%} | {low:.1%} to {high:.1%} | {found['n']} |")
+            measure, figure, unit = figure_of(found)
+            low, high = map(unit.number, found["interval"])
+            value = unit.number(figure or 0.0) + unit.sign
+            rows.append(f"| {when} | {value} | {low} to {high}{unit.sign} | {found['n']} |")
     if not rows:
         return []
-    head = ["| training | accuracy | 95 % interval | problems |", "|---|---|---|---|"]
+    head = [f"| training | {measure} | 95 % interval | problems |", "|---|---|---|---|"]
     return ["", "## Results", "", f"{summary.get('task')}, held-out problems, greedy:", "", *head, *rows]
 
 
