@@ -90,9 +90,8 @@ def _results(summary: dict[str, Any]) -> list[str]:
     for when in ("before", "after"):
         if (found := summary.get(when)) and found.get("interval"):
             measure, figure, unit = figure_of(found)
-            low, high = map(unit.number, found["interval"])
-            value = unit.number(figure or 0.0) + unit.sign
-            rows.append(f"| {when} | {value} | {low} to {high}{unit.sign} | {found['n']} |")
+            value, *ends = (unit.number(each or 0.0) + unit.sign.strip() for each in (figure, *found["interval"]))
+            rows.append(f"| {when} | {value} | {' to '.join(ends)} | {found['n']} |")
     if not rows:
         return []
     head = [f"| training | {measure} | 95 % interval | problems |", "|---|---|---|---|"]
