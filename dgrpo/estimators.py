@@ -1,9 +1,10 @@
 """Estimators of a completion's log-probability: each is a distribution over masked views.
 
 estimator(rollout, *, generator, **settings) -> MaskedViews. Of the rollout an estimator may read `prompt_mask` [B, P],
-`completion_ids`, `completion_mask`, `revealed_at`, `entropy` [B, C], `group` [B] and `num_steps`. Tokens after the
-first end-of-text token get weight 0; hidden positions are drawn over the whole canvas, or its open part would tell
-the answer's length. The number of views follows from the settings and the canvas alone, never from the text.
+`completion_ids`, `completion_mask`, `revealed_at`, `entropy` [B, C], `group` [B], `num_steps`, and `history` where
+tokens were written more than once. Tokens after the first end-of-text token get weight 0; hidden positions are drawn
+over the whole canvas, or its open part would tell the answer's length. The number of views follows from the settings
+and the canvas alone, never from the text.
 
 Of a model that attends block by block, `dgrpo.views.views_of` gives an estimator each block as a canvas of its own.
 
@@ -11,6 +12,7 @@ Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C com
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from numpy.polynomial.legendre import leggauss
@@ -295,6 +297,30 @@ def trace(
     return _staged(rollout, revealed_at, stage, num_views)
 
 
+def every_write(rollout, *, generator: torch.Generator) -> MaskedViews:
+    """Every token that was written, also those hidden or overwritten later, in the state it was written in; weight 1.
+
+    The log-probability of the whole trajectory, but for which tokens were written and hidden: unbiased where this does
+    not depend on the weights, as in `remdm_cap` and its kin; else it counts as the sampler's, as in `trace`, which
+    without revisions scores the same. Tokens that an editing policy could have overwritten and kept are not scored.
+
+    One view for each of the rollout's `num_steps` states. A token behind the end counts where the answer was not
+    complete when it was written.
+    """
+    last = rollout.trace_ids().masked_fill(rollout.written_at() >= rollout.num_steps, -1)[:, None]
+    states, steps = rollout.states()
+    # States that a row does not have are as its last one, in which nothing is written.
+    states = torch.cat([states.where(steps[..., None] >= 0, last), last.repeat(1, rollout.num_steps + 1, 1)], 1)
+    before, after = states[:, : rollout.num_steps], states[:, 1 : rollout.num_steps + 1]
+    written = (after != before) & (after >= 0)
+    is_answer = written & rollout.completion_mask.bool()[:, None]
+    # The answer still changes in a later state.
+    goes_on = is_answer.any(2, keepdim=True).long().flip(1).cumsum(1).flip(1) > is_answer.any(2, keepdim=True).long()
+    written &= rollout.completion_mask.bool()[:, None] | goes_on
+    views = _views(rollout, before < 0, torch.zeros(()))
+    return replace(views, weights=written.float(), shown=before.clamp(min=0), targets=after.clamp(min=0))
+
+
 def left_to_right(rollout, *, generator: torch.Generator) -> MaskedViews:
     """C views: in view k everything from position k on is hidden and token k is scored, weight 1.
 
@@ -357,6 +383,7 @@ ESTIMATORS: dict[str, Callable[..., MaskedViews]] = {
     "elbo": elbo,
     "quadrature": quadrature,
     "trace": trace,
+    "every_write": every_write,
     "left_to_right": left_to_right,
     "block_random": block_random,
 }

@@ -70,14 +70,18 @@ def copies_pass(
     scored: Tensor,
     chunk: int | None = None,
     recompute: bool = False,
+    targets: Tensor | None = None,
 ) -> tuple[ScoringPass, Tensor]:
     """One pass of a block model: clean texts [U, L] and noisy copies [U, N, C] of their last C columns.
 
-    It asks for the clean tokens where `scored` [U, N, C]; returned as by `scoring_pass`, with indices into [U, N, C].
-    `chunk` columns of the copies go through the network together (None: all), see models/blocks.py.
+    It asks for `targets` [U, N, C] (None: the clean tokens) where `scored` [U, N, C]; returned as by `scoring_pass`,
+    with indices into [U, N, C]. `chunk` columns of the copies go through the network together (None: all), see
+    models/blocks.py.
     """
     answer = scored.flatten().nonzero()[:, 0]
-    targets = input_ids[:, None, -copies.shape[2] :].expand_as(copies).reshape(-1)[answer]
+    if targets is None:
+        targets = input_ids[:, None, -copies.shape[2] :].expand_as(copies)
+    targets = targets.reshape(-1)[answer]
     index = torch.arange(len(answer), device=answer.device)
     asked = ScoringPass(input_ids, attention_mask, answer, index, targets, copies=copies)
     return asked._replace(chunk=chunk or copies.shape[2], recompute=recompute), answer
@@ -142,26 +146,28 @@ def score_views(
     input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), None
     if not prompt_mask.all():
         attention_mask = torch.cat([prompt_mask, prompt_mask.new_ones(completion_ids.shape)], 1)
+    targets = views.targets if views.targets is not None else completion_ids[:, None].expand_as(views.weights)
     views_per_pass = views_per_pass or num_views
     chunks, width, passes, answers = [num_views], num_completion, [], []
     if size is not None:
-        copies = torch.where(views.hidden[..., -num_completion:], mask_token_id, completion_ids[:, None])
+        copies = views.each(lambda value: value[..., -num_completion:]).canvases(completion_ids, mask_token_id)
         # No more tokens at a time than `views_per_pass` pictures have.
         columns = max(size, min(CHUNK, views_per_pass * num_completion // num_views))
         asked, answer = copies_pass(
-            input_ids, attention_mask, copies, is_scored, columns, recompute=num_views > views_per_pass
+            input_ids, attention_mask, copies, is_scored, columns, num_views > views_per_pass, targets
         )
         passes.append(asked)
         answers.append(answer)
     else:
         canvases, width = views.canvases(input_ids, mask_token_id), input_ids.shape[1]
-        scored = F.pad(is_scored, (prompt_ids.shape[1], 0))
+        scored, targets = (F.pad(each, (prompt_ids.shape[1], 0)) for each in (is_scored, targets))
         chunks = [min(views_per_pass, num_views - first) for first in range(0, num_views, views_per_pass)]
-        for part, mine, repeats in zip(canvases.split(chunks, 1), scored.split(chunks, 1), chunks, strict=True):
+        parts = (each.split(chunks, 1) for each in (canvases, targets, scored))
+        for part, asked_for, mine, repeats in zip(*parts, chunks, strict=True):
             asked, answer = scoring_pass(
                 part.flatten(0, 1),
                 None if attention_mask is None else attention_mask.repeat_interleave(repeats, 0),
-                input_ids.repeat_interleave(repeats, 0),
+                asked_for.flatten(0, 1),
                 mine.flatten(0, 1),
                 slice(prompt_ids.shape[1], input_ids.shape[1]),
             )
@@ -210,7 +216,7 @@ def per_token_logps(
             f"prompt_mask: a prompt has {strange[0]} tokens, but the blocks of block_length={size} count from "
             "the text's first token: give whole blocks and begin the completion with the rest, as a Rollout does."
         )
-    logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(), **settings).logps
+    logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views.check(completion_ids), **settings).logps
     return logps if reduce is None else (views.weights * logps).sum(1)
 
 

@@ -3,12 +3,14 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from test_block_sampling import RULES, B, C, converted, sample, sdar, texts, weights
+from test_sampler_policy import shuffle
 from trainers import EOS, MASK, PROMPTS, place_in_group, tiny_tokenizer, tiny_trainer
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer, MaskedViews, VRPOConfig, VRPOTrainer, estimators, per_token_logps
@@ -67,7 +69,33 @@ def test_a_grid_that_starts_at_the_completion_is_another_one(kind):
     assert (right[0, 1:9] - wrong[0, :8]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["trace", "one_step", "elbo", "coupled", "left_to_right"])
+def test_of_a_revised_block_every_write_is_scored_in_its_state():
+    model = sdar()
+    rollout = sample(model, temperature=0.9, **RULES["static"], sampler_policy=shuffle)
+    own = views(rollout, "every_write").check()
+    canvases = own.each(lambda value: value[..., -C:]).canvases(rollout.trace_ids(), MASK)
+    states, steps = (each.tolist() for each in rollout.states())
+    for row, history in enumerate(rollout.history.tolist()):
+        written = []
+        for step, position, token in history:
+            block = position // B * B
+            # The block's number of this state, and what stood in the block.
+            numbers = [s for s in steps[row] if s // B == step // B and s >= 0]
+            before = states[row][steps[row].index(step)][block : block + B] if step >= 0 else []
+            if token >= 0:
+                view = numbers.index(step)
+                assert canvases[row, view, block : block + B].tolist() == [MASK if t < 0 else t for t in before]
+                written.append((view, position, token))
+        view, position = own.weights[row].nonzero().unbind(1)
+        found = list(zip(view.tolist(), position.tolist(), own.targets[row, view, position].tolist(), strict=True))
+        assert set(found) <= set(written)
+        answer = int(rollout.completion_mask[row].nonzero().max())
+        assert {event for event in written if event[1] <= answer} <= set(found)
+        # A single picture scored by itself, behind the clean past.
+    logps(model, rollout, own)
+
+
+@pytest.mark.parametrize("name", ["trace", "every_write", "one_step", "elbo", "coupled", "left_to_right"])
 def test_passes_memory_and_neighbours_change_nothing(name):
     model = sdar()
     rollout = sample(model, temperature=0.9, **RULES["threshold"])
@@ -85,7 +113,8 @@ def test_passes_memory_and_neighbours_change_nothing(name):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for row in range(len(weight)):
         one = rollout.rows([row])
-        alone = MaskedViews(own.hidden[row : row + 1, :, -one.prompt_ids.shape[1] - C :], own.weights[row : row + 1])
+        alone = own.each(lambda value, row=row: value[row : row + 1])
+        alone = replace(alone, hidden=alone.hidden[..., -one.prompt_ids.shape[1] - C :])
         torch.testing.assert_close(logps(model, one, alone)[0].detach(), whole[0][row], rtol=0, atol=1e-5)
 
 

@@ -263,7 +263,8 @@ def test_the_estimator_of_a_page_is_one(page, name, rollout):
 
     namespace: dict = {}
     exec(next(block for block in blocks(page) if f"def {name}" in block), namespace)
-    hidden, weights = draw_views(namespace[name], rollout, rollout.group, ("key", 0), 2)
+    drawn = draw_views(namespace[name], rollout, rollout.group, ("key", 0), 2)
+    hidden, weights = drawn.hidden, drawn.weights
     assert hidden.shape[:2] == (6, 2)
     assert (hidden[..., 0, -5:].sum(-1) == 2).all()
     assert torch.equal(weights != 0, hidden[..., -5:] & rollout.completion_mask[:, None, None])

@@ -48,6 +48,7 @@ EVERY = pytest.mark.parametrize(
         ("trace", {"shrink": 2}),
         ("trace", {"num_segments": 3}),
         ("trace", {"top_k": 3}),
+        ("every_write", {}),
         ("left_to_right", {}),
         ("block_random", {"block_length": 1}),
         ("block_random", {"block_length": 5, "p_mask_prompt": 0.5}),
@@ -474,7 +475,7 @@ def test_only_the_generator_decides_and_no_global_state_is_touched(rollout, name
     assert (np.random.get_state()[1] == states[2]).all()
     assert (first.hidden == again.hidden).all()
     assert (first.weights == again.weights).all()
-    assert (first.hidden != other.hidden).any() == (name not in ("trace", "left_to_right"))
+    assert (first.hidden != other.hidden).any() == (name not in ("trace", "every_write", "left_to_right"))
 
 
 @EVERY
@@ -495,7 +496,8 @@ def test_the_number_of_views_does_not_depend_on_the_text(rollout, name, settings
 @EVERY
 def test_tokens_behind_the_end_count_nothing(rollout, name, settings):
     weights = ESTIMATORS[name](rollout, generator=seeded(), **settings).weights
-    assert not (weights * ~rollout.completion_mask[:, None]).any()
+    # One counts until the answer is complete.
+    assert (weights * ~rollout.completion_mask[:, None]).any() == (name == "every_write")
     assert weights.any()
     assert weights.dtype == torch.float32
 
@@ -506,13 +508,15 @@ def test_views_of_a_row_follow_from_its_key_alone(rollout, name, settings):
         return ESTIMATORS[name](part, **inputs, **settings)
 
     key = ("views", 3, 14)
-    hidden, weights = draw_views(draw, rollout, torch.arange(6), key, num_draws=2)
+    drawn = draw_views(draw, rollout, torch.arange(6), key, num_draws=2)
+    hidden, weights = drawn.hidden, drawn.weights
     order = [4, 1, 0]
-    some_hidden, some_weights = draw_views(draw, rollout.rows(order), torch.tensor(order), key, num_draws=2)
+    drawn = draw_views(draw, rollout.rows(order), torch.tensor(order), key, num_draws=2)
+    some_hidden, some_weights = drawn.hidden, drawn.weights
     width = rollout.prompt_mask.shape[1]
     assert (some_hidden == hidden[order][..., -some_hidden.shape[-1] :]).all()
     assert (some_weights == weights[order]).all()
-    if name not in ("trace", "left_to_right"):
+    if name not in ("trace", "every_write", "left_to_right"):
         assert (hidden[:, 0] != hidden[:, 1]).any()
         assert not hidden[0, :, :, : width - 4].any()
 
@@ -546,7 +550,8 @@ def test_a_users_own_estimator_needs_no_registration(six_words, rollout):
         prompt = torch.zeros_like(rollout.prompt_mask)[:, None].expand(-1, 2, -1)
         return MaskedViews(torch.cat([prompt, hidden], 2), (hidden & rollout.completion_mask[:, None]).float())
 
-    hidden, weights = draw_views(every_other, rollout, torch.arange(6), ("mine",), num_draws=2)
+    drawn = draw_views(every_other, rollout, torch.arange(6), ("mine",), num_draws=2)
+    hidden, weights = drawn.hidden, drawn.weights
     assert hidden.shape == (6, 2, 2, 11)
     views = MaskedViews(hidden[:, 0], weights[:, 0])
     logps = per_token_logps(

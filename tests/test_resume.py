@@ -111,6 +111,7 @@ class Scored(TrainerCallback):
         ("quadrature", {"importance_sampling_level": "sequence"}),
         ("trace", {}),
         ("trace", {"estimator_kwargs": {"top_k": 2}}),
+        ("every_write", {"sampler_policy": "test_sampler_policy:shuffle"}),
         ("left_to_right", {"block_length": 1}),
         ("block_random", {"importance_sampling_level": "sequence"}),
         ("block_random", {"objective": "stable_drl"}),

@@ -161,7 +161,7 @@ def test_every_estimator_scores_as_on_the_cpu(gpu, rollout, name):
     def estimator(part, generator):
         return ESTIMATORS[name](part, generator=generator, **VIEWS.get(name, {}))
 
-    hidden, weights = draw_views(estimator, rollout, rollout.group, ("key",))
+    hidden = draw_views(estimator, rollout, rollout.group, ("key",)).hidden
     views, found, counts = {}, {}, {}
     for device in ("cpu", "cuda"):
         there, model = rollout.to(device), tiny_llada().to(device).train()

@@ -36,7 +36,8 @@ def some_rows(rollout: Rollout, rows: list[int]) -> Rollout:
 
 def test_views_depend_on_key_unit_and_draw_alone(rollout):
     unit = torch.tensor([4, 4, 4, 9, 9, 9])
-    hidden, weights = draw_views(coin_flips, rollout, unit, KEY, num_draws=3)
+    drawn = draw_views(coin_flips, rollout, unit, KEY, num_draws=3)
+    hidden, weights = drawn.hidden, drawn.weights
     assert hidden.shape == (6, 3, 2, 11)
     assert weights.shape == (6, 3, 2, 5)
 
@@ -49,30 +50,33 @@ def test_views_depend_on_key_unit_and_draw_alone(rollout):
     assert not hidden[:3, ..., :2].any()
 
     # Another width, other rows beside it, another order of units.
-    again, weights_again = draw_views(coin_flips, wider(rollout, 4), unit, KEY, num_draws=3)
+    drawn = draw_views(coin_flips, wider(rollout, 4), unit, KEY, num_draws=3)
+    again, weights_again = drawn.hidden, drawn.weights
     assert torch.equal(again[..., 4:], hidden)
     assert not again[..., :4].any()
     assert torch.equal(weights_again, weights)
     rows = [3, 4, 5]
-    alone, weights_alone = draw_views(coin_flips, some_rows(rollout, rows), unit[rows], KEY, num_draws=3)
+    drawn = draw_views(coin_flips, some_rows(rollout, rows), unit[rows], KEY, num_draws=3)
+    alone, weights_alone = drawn.hidden, drawn.weights
     assert torch.equal(alone, hidden[rows])
     assert torch.equal(weights_alone, weights[rows])
     rows = [3, 0, 4, 1, 5, 2]
-    mixed, weights_mixed = draw_views(coin_flips, some_rows(rollout, rows), unit[rows], KEY, num_draws=3)
+    drawn = draw_views(coin_flips, some_rows(rollout, rows), unit[rows], KEY, num_draws=3)
+    mixed, weights_mixed = drawn.hidden, drawn.weights
     assert torch.equal(mixed, hidden[rows])
     assert torch.equal(weights_mixed, weights[rows])
 
     # A later draw does not depend on how many are drawn; draws, units and keys differ.
-    fewer, _ = draw_views(coin_flips, rollout, unit, KEY, num_draws=2)
+    fewer = draw_views(coin_flips, rollout, unit, KEY, num_draws=2).hidden
     assert torch.equal(fewer, hidden[:, :2])
     assert len({hidden[0, draw].numpy().tobytes() for draw in range(3)}) == 3
-    assert not torch.equal(draw_views(coin_flips, rollout, unit + 1, KEY)[0], hidden[:, :1])
-    assert not torch.equal(draw_views(coin_flips, rollout, unit, ("masks", 7, 4))[0], hidden[:, :1])
+    assert not torch.equal(draw_views(coin_flips, rollout, unit + 1, KEY).hidden, hidden[:, :1])
+    assert not torch.equal(draw_views(coin_flips, rollout, unit, ("masks", 7, 4)).hidden, hidden[:, :1])
 
 
 def test_unit_number_is_part_of_the_key(rollout):
     same = some_rows(rollout, [0] * 4)
-    hidden, _ = draw_views(coin_flips, same, torch.tensor([0, 1, 2, 1]), KEY)
+    hidden = draw_views(coin_flips, same, torch.tensor([0, 1, 2, 1]), KEY).hidden
     assert torch.equal(hidden[1, 0, :, :6], hidden[3, 0, :, :6])  # one unit, drawn together: one prompt noise
     assert not torch.equal(hidden[0], hidden[1])
     assert not torch.equal(hidden[1], hidden[2])
@@ -88,7 +92,7 @@ def test_draw_views_leaves_global_random_states_alone(rollout):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
         second = draw_views(coin_flips, rollout, rollout.group, KEY, num_draws=2)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors().values(), second.tensors().values(), strict=True))
 
 
 def test_draw_views_refuses_an_estimator_that_scores_what_it_shows(rollout):

@@ -35,7 +35,7 @@ from dgrpo.sampling.draw import MAX_DRAW_BYTES
 from dgrpo.tasks import EMBEDDED
 from dgrpo.trainers import DiffuGRPOConfig
 from dgrpo.trainers.plugins import configured_estimator
-from dgrpo.views import MaskedViews, draw_views
+from dgrpo.views import draw_views
 from dgrpo.vocabulary import _SHARE_OF_GPU
 
 GB = 1e9
@@ -191,10 +191,10 @@ def scoring_of(args: DiffuGRPOConfig, prompt_tokens: int, vocab_size: int) -> Sc
         num_steps=sampler.steps_per_block * sampler.num_blocks,
     )
     unit = group if args.whole_groups else torch.arange(rows)
-    hidden, weights = (each[:, 0] for each in draw_views(configured_estimator(args), rollout, unit, ("plan",)))
-    canvases = MaskedViews(hidden, weights).canvases(torch.cat([prompts, rollout.completion_ids], 1), 0)
+    views = draw_views(configured_estimator(args), rollout, unit, ("plan",)).each(lambda value: value[:, 0])
+    weights, canvases = views.weights, views.canvases(torch.cat([prompts, rollout.completion_ids], 1), 0)
     found = Scoring([], [])
-    for chunk in torch.arange(hidden.shape[1]).split(args.views_per_pass or hidden.shape[1]):
+    for chunk in torch.arange(weights.shape[1]).split(args.views_per_pass or weights.shape[1]):
         scored = weights[:, chunk].flatten(0, 1) != 0
         part = canvases[:, chunk].flatten(0, 1)[scored.any(1)]
         distinct, number = part.unique(dim=0, return_inverse=True)

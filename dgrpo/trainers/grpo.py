@@ -45,12 +45,15 @@ _REFUSED = {
 }
 
 
+# Names of the views' tensors in a batch.
+VIEWS = tuple(MaskedViews.__dataclass_fields__)
+
+
 class _Sampled(NamedTuple):
     """What `rollout_func` hands to `_generate_and_score_completions`, as a column of TRL's rows."""
 
     rollout: Rollout
-    hidden: Tensor  # [B, mu, N, L]
-    weights: Tensor  # [B, mu, N, C]
+    views: MaskedViews  # of all draws: hidden [B, mu, N, L], weights [B, mu, N, C]
 
 
 def _copy_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -269,7 +272,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         # Views are drawn group by group: on a GPU each would be many small copies and waits.
         host, key = rollout.to("cpu"), ("views", mode, self.args.seed, self._round)
         unit = host.group if self.args.whole_groups else rows.cpu()
-        hidden, weights = draw_views(self.estimator, host, unit, key, self.num_iterations if mode == "train" else 1)
+        views = draw_views(self.estimator, host, unit, key, self.num_iterations if mode == "train" else 1)
         self._log(rollout_metrics(rollout, seconds, self.args.rollout_batch_size, self.accelerator))
         return {
             "prompt_ids": prompt_ids,
@@ -277,7 +280,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
                 row[keep].tolist() for row, keep in zip(host.completion_ids, host.completion_mask, strict=True)
             ],
             "logprobs": None,
-            "sampled": _Sampled(rollout, hidden.to(device), weights.to(device)),
+            "sampled": _Sampled(rollout, views.each(lambda value: value.to(device))),
         }
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -292,7 +295,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         rows = [dict(row) for row in inputs]
         batch = super()._generate_and_score_completions(rows)
-        rollout, hidden, weights = rows[0]["sampled"]
+        rollout, views = rows[0]["sampled"]
+        weights = views.weights
         # Behind the end a trace of blocks scores what had a part in the answer.
         kept = rollout.completion_mask | (weights != 0).flatten(1, 2).any(1)
         if self.mask_truncated_completions:
@@ -311,7 +315,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
             **canvas,
             "completion_mask": kept.long(),
             "num_items_in_batch": self.accelerator.reduce(kept.sum(), "sum"),
-            "hidden": hidden,
+            **views.tensors(),
             "weights": weights,
             "group": rollout.group,
             # For estimators and objectives of one's own, and for whoever looks into a checkpoint's batch.
@@ -389,7 +393,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
     def _slice(self, batch: dict, iteration: int) -> dict:
         """What one inner iteration sees of the batch."""
         inputs = dict(batch)
-        for key in ("hidden", "weights", "old_per_token_logps", "old_logps_per_view", "ref_per_token_logps"):
+        for key in (*VIEWS, "old_per_token_logps", "old_logps_per_view", "ref_per_token_logps"):
             if key in inputs:
                 inputs[key] = inputs[key][:, iteration]
         if self._mode == "train" and iteration < self._draws_before_update:
@@ -417,9 +421,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
         """[B, mu, N, C]: each draw in a call of its own, on the rows of the update, so that rounding agrees."""
         logps = torch.zeros_like(batch["weights"])
         for draw in range(first, logps.shape[1]):
-            logps[:, draw] = self._score(
-                model, batch, MaskedViews(batch["hidden"][:, draw], batch["weights"][:, draw])
-            )[0]
+            views = MaskedViews(**{name: batch[name][:, draw] for name in VIEWS if name in batch})
+            logps[:, draw] = self._score(model, batch, views)[0]
         return logps
 
     def _score(self, model, batch: dict, views: MaskedViews, as_reference=None) -> ViewScores:
@@ -444,7 +447,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         return self.update_guard.watched(inputs, loss) if guarded else loss
 
     def _compute_loss(self, model, inputs):
-        views = MaskedViews(inputs["hidden"], inputs["weights"])
+        views = MaskedViews(**{name: inputs[name] for name in VIEWS if name in inputs})
         scores = self._score(model, inputs, views, self._as_reference if self.args.kl == "exact" else None)
         training, weights = self._mode == "train", views.weights
         # Tokens of the generation batch in all processes, as a mean over its micro-batches.
