@@ -203,6 +203,9 @@ def elbo(
     lowest, num_counts = (
         int(value) for value in _range_of_counts(torch.tensor(num_completion), min_ratio, max_ratio, complementary)
     )
+    if num_counts < 1 and getattr(rollout, "block_length", None) is not None:
+        # The few positions that a prompt leaves open in its last block.
+        num_counts = 1
     if num_counts < 1:
         _refuse(f"no count of {num_completion} positions lies in the range of ratios.", max_ratio=max_ratio)
     # Whole steps from a uniform start keep every count uniform, also where n does not divide their number.

@@ -180,6 +180,14 @@ def test_the_elbo_s_mean_is_the_enumerated_one():
     assert total == pytest.approx(expected, abs=0.02 * abs(expected))
 
 
+def test_a_block_with_too_few_open_positions_for_a_range_hides_what_is_nearest():
+    rollout = sample(sdar(), texts((7, 8)))
+    drawn = views(rollout, "elbo", min_ratio=0.3, max_ratio=0.8)
+    first = drawn.hidden[..., -C:][:, :, :B].sum(2)
+    assert set(first[0].tolist()) == {1}
+    assert set(first[1].tolist()) <= {2, 3}
+
+
 def test_blocks_of_one_token_are_the_causal_model():
     model = tiny(1)
     ids = torch.randint(0, 3, (2, 9), generator=torch.Generator().manual_seed(0))
