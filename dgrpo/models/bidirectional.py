@@ -26,9 +26,6 @@ class BidirectionalReading(MaskPredictor):
     The configuration says how far logits are shifted (`logit_shift`: 1 when position i predicts token i + 1).
     """
 
-    config: Any
-    model: Any
-
     def __init__(self, config):
         refuse_sliding_windows(config)
         super().__init__(config)
@@ -44,7 +41,7 @@ class BidirectionalReading(MaskPredictor):
         return False
 
     def network(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values: Any, columns: slice
     ) -> Tensor:
         x = self.model.embed_tokens(input_ids)
         rotation = self.model.rotary_emb(x, position_ids)

@@ -4,16 +4,18 @@ LLaDA with norms on queries and keys, and in place of each feed-forward layer a 
 is hidden from attention; routing looks at one token at a time and needs no mask.
 """
 
+from dataclasses import field
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dgrpo.models.attention import of_queries
+from dgrpo.models import layers
 from dgrpo.models.experts import Expert, through_experts
 from dgrpo.models.head import ScoringHead
-from dgrpo.models.llada import RMSNorm, eager_attention, refuse_unpublished, rotary_table, rotate, through_layers
+from dgrpo.models.layers import Network, RMSNorm, Transformer, refuse_unpublished
 from dgrpo.models.predictor import EVERYWHERE, MaskPredictor
 
 # Keys of config.json that change the network, and the published values, which are those of the network here.
@@ -35,6 +37,11 @@ _PUBLISHED = {
 }
 
 
+# Not kept: transformers gives the first two another meaning, and TRL takes a model that has the third for one that
+# returns a load-balancing loss.
+NOT_KEPT = ("use_cache", "rope_scaling", "output_router_logits")
+
+
 class LLaDAMoEConfig(PreTrainedConfig):
     """LLaDA-MoE's published configuration. Keys that this network does not read are kept.
 
@@ -43,52 +50,32 @@ class LLaDAMoEConfig(PreTrainedConfig):
 
     model_type = "llada_moe"
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        num_hidden_layers: int = 16,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        expert_intermediate_size: int = 1024,
-        num_experts: int = 64,
-        num_experts_per_tok: int = 8,
-        max_position_embeddings: int = 8192,
-        rope_theta: float = 50000.0,
-        rms_norm_eps: float = 1e-5,
-        qk_layernorm: bool = True,
-        initializer_range: float = 0.02,
-        hidden_act: str = "silu",
-        tie_word_embeddings: bool = False,
-        mask_token_id: int | None = None,
-        eos_token_id: int = 156892,
-        pad_token_id: int = 156892,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
-        self.expert_intermediate_size = expert_intermediate_size
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.qk_layernorm = qk_layernorm
-        self.initializer_range = initializer_range
-        self.hidden_act = hidden_act
-        self.mask_token_id = mask_token_id
-        self.auto_map = kwargs.pop("auto_map", {})
-        asked = kwargs | {"hidden_act": hidden_act, "tie_word_embeddings": tie_word_embeddings}
-        refuse_unpublished("LLaDA-MoE", asked, _PUBLISHED | {"moe_layer_freq": [1] * num_hidden_layers})
-        # Not kept: transformers gives the first two another meaning, and TRL takes a model that has the third for one
-        # that returns a load-balancing loss.
-        for name in ("use_cache", "rope_scaling", "output_router_logits"):
-            kwargs.pop(name, None)
-        kwargs |= {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "tie_word_embeddings": False}
-        super().__init__(**kwargs)
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    expert_intermediate_size: int = 1024
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    max_position_embeddings: int = 8192
+    rope_theta: float = 50000.0
+    rms_norm_eps: float = 1e-5
+    qk_layernorm: bool = True
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    mask_token_id: int | None = None
+    eos_token_id: int = 156892
+    pad_token_id: int = 156892
+    auto_map: dict = field(default_factory=dict)
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        published = _PUBLISHED | {"moe_layer_freq": [1] * self.num_hidden_layers}
+        refuse_unpublished("LLaDA-MoE", self, kwargs, published)
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in NOT_KEPT})
 
 
 class RoutedExperts(nn.Module):
@@ -111,101 +98,60 @@ class RoutedExperts(nn.Module):
         return through_experts(self.experts, tokens, chosen, weights.to(x.dtype)).view_as(x)
 
 
-class Attention(nn.Module):
-    """Bidirectional attention with norms on each head's queries and keys."""
+class Attention(layers.Attention):
+    """Attention with norms on each head's queries and keys."""
 
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        if config.qk_layernorm:
-            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        super().__init__(config, layer_idx, config.hidden_size // config.num_attention_heads)
+        width, key_size = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, key_size, bias=False)
+        self.v_proj = nn.Linear(width, key_size, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        normed = config.qk_layernorm
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
 
-    def forward(
-        self, x: Tensor, attention_mask: Tensor | None, cos: Tensor, sin: Tensor, past_key_values, queries: slice
-    ) -> Tensor:
-        query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in (self.q_proj(x[:, queries]), self.k_proj(x), self.v_proj(x))
-        )
-        if self.config.qk_layernorm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos[:, :, queries], sin[:, :, queries]), rotate(key, cos, sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        mask = of_queries(attention_mask, queries)
-        attended, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0)
-        return self.o_proj(attended.flatten(2))
+    def forward(self, x: Tensor, mask: Tensor | None, rotation: Any, past: Any, queries: slice) -> Tensor:
+        query, key, value = map(self.heads, (self.q_proj(x[:, queries]), self.k_proj(x), self.v_proj(x)))
+        query, key = self.q_norm(query), self.k_norm(key)
+        return self.o_proj(self.attend(query, key, value, mask, rotation, past, queries))
 
 
 class LLaDAMoELayer(GradientCheckpointingLayer):
-    def __init__(self, config: LLaDAMoEConfig, layer_idx: int):
+    """Attention, then a feed-forward layer: each behind a norm, its output added to what came in."""
+
+    attention_name = "self_attn"  # in checkpoints
+
+    def __init__(self, config: Any, attention: nn.Module, mlp: nn.Module):
         super().__init__()
-        self.self_attn = Attention(config, layer_idx)
-        self.mlp = RoutedExperts(config)
+        self.add_module(self.attention_name, attention)
+        self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        past_key_values=None,
-        queries: slice = EVERYWHERE,
+        self, x: Tensor, mask: Tensor | None, rotation: Any, past_key_values: Any = None, queries: slice = EVERYWHERE
     ) -> Tensor:
         """The layer's output at columns `queries` of x [B, L, d]; all of x is attended to."""
-        attended = self.self_attn(self.input_layernorm(x), attention_mask, cos, sin, past_key_values, queries)
+        attention = getattr(self, self.attention_name)
+        attended = attention(self.input_layernorm(x), mask, rotation, past_key_values, queries)
         x = x[:, queries] + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LLaDAMoEPreTrainedModel(PreTrainedModel):
+class LLaDAMoEPreTrainedModel(Network):
     config_class = LLaDAMoEConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDAMoELayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
 
 
-class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
+class LLaDAMoEModel(Transformer, LLaDAMoEPreTrainedModel):
     """Embedding, layers and final norm."""
 
     def __init__(self, config: LLaDAMoEConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_init()
-
-    def forward(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
-    ) -> Tensor:
-        """Hidden states [B, L, d] after the final norm, at `columns` of L: all that the last layer computes."""
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotation = rotary_table(position_ids, head_dim, self.config.rope_theta)
-        x = through_layers(self.layers, self.embed_tokens(input_ids), mask, rotation, past_key_values, columns)
-        return self.norm(x)
+        indices = range(config.num_hidden_layers)
+        layers = (LLaDAMoELayer(config, Attention(config, index), RoutedExperts(config)) for index in indices)
+        super().__init__(config, layers, config.hidden_size // config.num_attention_heads)
 
 
 class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
@@ -216,8 +162,3 @@ class LLaDAMoEModelLM(MaskPredictor, LLaDAMoEPreTrainedModel):
         self.model = LLaDAMoEModel(config)
         self.lm_head = ScoringHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def network(
-        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values, columns: slice
-    ) -> Tensor:
-        return self.model(input_ids, mask, position_ids, past_key_values, columns)

@@ -5,8 +5,7 @@ A position is a flat index into the U * L tokens of the pictures, and always mea
 there; families whose logits are shifted by one (Dream) read the hidden state of the neighbour, here and nowhere else.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +43,19 @@ def _refuse_generate(*args, **kwargs):
 class MaskPredictor:
     """What every family adds to its transformers class: answers at chosen positions instead of logits everywhere.
 
-    A family provides `network(input_ids, mask, position_ids, past_key_values, columns)`, the hidden states [B, n, d]
-    after the final norm at the slice `columns` of the L positions, with `mask` from `attention_mask`; a `ScoringHead`
-    as output embedding; and `logit_shift` (1 when position i predicts token i + 1).
+    A family provides a `model` that `network` can call; a `ScoringHead` as output embedding; and `logit_shift` (1 when
+    position i predicts token i + 1).
     """
 
+    config: Any
+    model: Any
     logit_shift = 0
-    network: Callable[..., Tensor]
+
+    def network(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, past_key_values: Any, columns: slice
+    ) -> Tensor:
+        """Hidden states [B, n, d] after the final norm at `columns` of the L positions; `mask` of `attention_mask`."""
+        return self.model(input_ids, mask, position_ids, past_key_values, columns)
 
     @property
     def block_length(self) -> int | None:
