@@ -295,9 +295,9 @@ def test_stable_drl_on_policy_is_the_plain_policy_gradient(batch):
     assert metrics["max_ratio"] == 1
 
 
-@pytest.mark.parametrize("kl", KL_FORMS)
-def test_espo_clips_the_ratio_per_length_and_adds_the_kl_of_sequences(batch, kl):
-    loss, metrics = OBJECTIVES["espo"](batch, epsilon=0.2, epsilon_high=0.3, beta=0.1, kl=kl)
+@pytest.mark.parametrize(("kl", "per_token"), [*((kl, True) for kl in KL_FORMS), ("k2", False)])
+def test_espo_clips_the_ratio_of_sequences_and_adds_their_kl(batch, kl, per_token):
+    loss, metrics = OBJECTIVES["espo"](batch, epsilon=0.2, epsilon_high=0.3, beta=0.1, kl=kl, per_token=per_token)
     new, old, ref = (
         scores(batch, batch.logps_per_view),
         batch.old_logps.sum(1).tolist(),
@@ -305,7 +305,7 @@ def test_espo_clips_the_ratio_per_length_and_adds_the_kl_of_sequences(batch, kl)
     )
     expected, clipped, divergences = 0.0, 0, []
     for row, (advantage, length) in enumerate(zip(ADVANTAGES, LENGTHS, strict=True)):
-        ratio = math.exp((new[row] - old[row]) / length)
+        ratio = math.exp((new[row] - old[row]) / (length if per_token else 1))
         bounded = min(max(ratio, 0.8), 1.3)
         expected -= min(ratio * advantage, bounded * advantage)
         clipped += bounded * advantage < ratio * advantage

@@ -122,17 +122,19 @@ def espo(
     epsilon_high: float | None = None,
     beta: float = 0.0,
     kl: str = "k2",
+    per_token: bool = True,
 ) -> tuple[Tensor, Metrics]:
     """Clipped ratio of sequences and a KL of whole sequences: mean_i of -min(r A, clip(r) A) + beta KL_i / L_i.
 
     ESPO (arXiv:2512.03759): r_i = exp((B_new - B_old) / L_i) with B the ELBO; `kl` is a form of KL_FORMS on B_new and
     B_ref before the division by L_i (published: k2). TRL's importance_sampling_level="sequence" has the same ratio but
     its KL is k3 per token. L_i counts the tokens up to the end of text, as B does; the published code sums and divides
-    over the whole canvas, which there weakens the ratio of short answers.
+    over the whole canvas, which there weakens the ratio of short answers. `per_token=False`: the undivided
+    ratio exp(B_new - B_old), as EBPO's is (arXiv:2602.08676).
     """
     if kl not in KL_FORMS:
         raise ValueError(f"kl={kl!r}: choose one of {', '.join(KL_FORMS)}.")
-    ratio = _log_ratio(batch).exp()
+    ratio = (_log_ratio(batch) * (1 if per_token else batch.lengths)).exp()
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
     loss = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
     is_clipped = clipped.detach() * batch.advantages < ratio.detach() * batch.advantages
