@@ -53,7 +53,7 @@ def run_of(task: str, name: str, seed: int) -> Run:
     elif name == "batch four times as large":
         settings["per_device_train_batch_size"] = 4 * TASKS[task]["per_device_train_batch_size"]
     if CHANGES[name].get("estimator") == "trace":
-        # Two pictures of gsm8k's sixteen steps, all four of Sudoku's.
+        # Two views of gsm8k's sixteen steps, all four of Sudoku's.
         settings["estimator_kwargs"] = {"shrink": {"gsm8k": 8, "sudoku": 1}[task]}
     key = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in name)
     return Run(key, task, seed, settings | CHANGES[name], ROLLOUTS, points=(ROLLOUTS // 4, ROLLOUTS // 2))

@@ -42,7 +42,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "settings": {"per_device_train_batch_size": 512},
     },
 }
-# SPG's own setting for Sudoku. Four denoising steps are four pictures, which TraceRL's default would merge into one.
+# SPG's own setting for Sudoku. Four denoising steps are four views, which TraceRL's default would merge into one.
 ONLY: dict[tuple[str, str], dict[str, Any]] = {
     ("sudoku", "spg"): {"objective_kwargs": {"eubo_beta": 1.0, "eubo_weight": 0.5}},
     ("sudoku", "tracerl"): {"estimator_kwargs": {"shrink": 1}},

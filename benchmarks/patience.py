@@ -2,7 +2,7 @@
 
     python benchmarks/patience.py --output_dir runs/patience
 
-`benchmarks/estimators.py` gives every preset 40 CPU seconds, in which those that score many pictures of each rollout
+`benchmarks/estimators.py` gives every preset 40 CPU seconds, in which those that score many views of each rollout
 make few updates. Here they train for 200, `--seeds` of each at one learning rate. A table and `patience.png`. Four
 CPU-minutes a run.
 """

@@ -25,7 +25,7 @@ TRAIN_HELP = """Trains on a task: the file of the same name among the recipes, w
   dgrpo train gsm8k --reward_funcs my_rewards:mine --reward_weights 1      with a reward of your own (my_rewards.py)
   dgrpo train gsm8k --preset coupled_grpo                   by another method (docs/methods.md)
   dgrpo train gsm8k --config gsm8k_llada_8b                 LLaDA-8B-Instruct, on GPUs
-  dgrpo train gsm8k --resume true                           goes on from the last checkpoint in --output_dir
+  dgrpo train gsm8k --resume true                           resumes from the last checkpoint in --output_dir
 """
 
 SETTINGS_HELP = """`dgrpo train TASK --help` shows the settings that are changed most, --help-all all of them;

@@ -22,7 +22,7 @@ from dgrpo.views import MaskedViews
 
 
 def _noise(generator: torch.Generator, *shape: int) -> Tensor:
-    """Uniform noise; float64, so that neither ties nor a coarse grid bend the law of the masks."""
+    """Uniform noise; float64, because float32 ties would bias which masks are drawn."""
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
@@ -48,7 +48,7 @@ def _subsets(noise: Tensor, counts: Tensor) -> Tensor:
 
 
 def _range_of_counts(size: Tensor, min_ratio: float, max_ratio: float, complementary: bool) -> tuple[Tensor, Tensor]:
-    """The fewest positions of `size` that a picture hides, and how many counts there are from these on."""
+    """The fewest positions of `size` that a view hides, and how many counts there are from these on."""
     # 0.1 * 30 is a little more than 3.
     lowest = (min_ratio * size.double() - 1e-9).ceil().long()
     lowest = lowest if complementary and min_ratio == 0 else lowest.clamp(min=1)
@@ -58,7 +58,7 @@ def _range_of_counts(size: Tensor, min_ratio: float, max_ratio: float, complemen
 def _hide_counts(is_open: Tensor, counts: Tensor, noise: Tensor, complementary: bool) -> tuple[Tensor, Tensor]:
     """`counts` [R, n] of the open positions [R, L] hidden, [R, N, L], and what a hidden token weighs, [R, N].
 
-    The weights make the sum over n pictures the ELBO; `complementary` adds the n complements, N = 2n.
+    The weights make the sum over n views the ELBO; `complementary` adds the n complements, N = 2n.
     """
     size, num_samples = is_open.sum(1, keepdim=True), counts.shape[1]
     hidden = _subsets(noise.masked_fill(~is_open[:, None], 2.0), counts) & is_open[:, None]
@@ -80,10 +80,10 @@ def draw_masks(
     max_ratio: float = 1.0,
     complementary: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pictures of texts of different lengths: what they hide, and its weight, [R, N, L]; 0 on what is shown.
+    """Views of texts of different lengths: what they hide, and its weight, [R, N, L]; 0 on what is shown.
 
     The law of `elbo` on the open positions [R, L] of each text, or of each of its blocks of `block_length`, for
-    fine-tuning and preferences. The counts are spread evenly over the n = `num_samples` pictures and over the texts,
+    fine-tuning and preferences. The counts are spread evenly over the n = `num_samples` views and over the texts,
     so that their mean hardly varies.
     """
     num_rows = len(is_open)
@@ -142,7 +142,7 @@ def one_step(
 ) -> MaskedViews:
     """One view: the whole completion hidden, each prompt token hidden with probability `p_mask_prompt`, weight 1.
 
-    d1 (arXiv:2504.12216, section 3.1): log p_k = log softmax f(q', [MASK]...[MASK])_k at o_k. The picture does not
+    d1 (arXiv:2504.12216, section 3.1): log p_k = log softmax f(q', [MASK]...[MASK])_k at o_k. The view does not
     contain the completion, so with `prompt_mask_scope="group"` all rollouts of a prompt share one.
     """
     if not 0 <= p_mask_prompt <= 1:
@@ -178,14 +178,14 @@ def elbo(
     min_ratio: float = 0.0,
     max_ratio: float = 1.0,
 ) -> MaskedViews:
-    """Monte-Carlo ELBO of the completion: n = `num_samples` views, or n pairs of a picture and its complement.
+    """Monte-Carlo ELBO of the completion: n = `num_samples` views, or n pairs of a view and its complement.
 
     LLaDA's likelihood (arXiv:2502.09992, eq. 6), also VRPO's and ESPO's: hide l positions, l uniform in {1..C}, every
     subset equally likely, weight C/(n l); a token's expected weight is 1. The n counts of a rollout are spread evenly
     from a random start, and each is uniform on its own (not so where they are rounded, as in LLaDA's code).
 
     `complementary` (ESPO, arXiv:2512.03759): l uniform in {0..C} and the complement, N = 2n, weights (C+1)/(2nl) and
-    (C+1)/(2n(C-l)); an empty picture scores nothing, every token is scored once in a pair.
+    (C+1)/(2n(C-l)); an empty view scores nothing, every token is scored once in a pair.
 
     `min_ratio`, `max_ratio` narrow the law of l to {ceil(min_ratio C)..floor(max_ratio C)}, the structured ratios of
     UniGRPO (arXiv:2505.15809). Expected weights stay 1, but the score is then not the ELBO.
@@ -252,15 +252,15 @@ def trace(
     num_segments: int | None = None,
     top_k: int | None = None,
 ) -> MaskedViews:
-    """The rollout's own states: tokens are scored, weight 1, in the picture that the sampler had before them.
+    """The rollout's own states: tokens are scored, weight 1, in the view that the sampler had before them.
 
-    One of three says which steps share a picture (the one before the first of them); without any, each has its own
+    One of three says which steps share a view (the one before the first of them); without any, each has its own
     (CJ-GRPO, arXiv:2509.23924). `shrink`: that many in a row (TraceRL, arXiv:2509.06949). `num_segments`: equal
     parts of the trajectory (StepMerge of d2, arXiv:2509.21474). `top_k`: only the steps with the highest entropy,
-    averaged over the tokens that they committed, each with its own picture (EGSPO, arXiv:2603.12554).
+    averaged over the tokens that they committed, each with its own view (EGSPO, arXiv:2603.12554).
 
     Steps that committed no token up to the end of text do not count, so an answer that ended early is not cut more
-    coarsely. Rows with fewer steps than views are filled up with empty views. The picture is the sampler's up to the
+    coarsely. Rows with fewer steps than views are filled up with empty views. The view is the sampler's up to the
     end of text; what was drawn behind it on a full canvas counts as never revealed and stays hidden. In the blocks of
     a block model it is shown as it was, and scored where it came before the last token of the answer: it had a part
     in what was drawn afterwards, and without it the gradient would be biased. Where a policy hid or overwrote tokens,

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under masked views: scored positions only, equal pictures once, float32.
+"""Log-probabilities of completions under masked views: scored positions only, equal canvases once, float32.
 
 Shapes: B rollouts, N views of each, P prompt tokens, C completion tokens, L = P + C.
 """
@@ -19,7 +19,7 @@ from dgrpo.sampling.denoise import evaluating
 from dgrpo.sampling.rollout import align, check_prompts
 from dgrpo.views import MaskedViews
 
-# Columns of a block model's pictures that go through the network together: attention computes all pairs of them with
+# Columns of a block model's views that go through the network together: attention computes all pairs of them with
 # the keys before, so narrow chunks save pairs and cost calls. Measured on the 435 k-parameter shape (see RESULTS).
 CHUNK = 32
 
@@ -27,7 +27,7 @@ CHUNK = 32
 class ViewScores(NamedTuple):
     """What the model says of the scored tokens in every view, all [B, N, C] float32, 0 where the weight is 0."""
 
-    logps: Tensor  # log p(completion_k | picture n)
+    logps: Tensor  # log p(completion_k | view n)
     entropies: Tensor  # of the distribution there, nats
     divergences: Tensor | None = None  # KL from the reference's distribution there, over the whole vocabulary
 
@@ -45,15 +45,15 @@ def scoring_pass(
     that it answers.
     """
     key = canvases if attention_mask is None else canvases.masked_fill(~attention_mask, -1)
-    # Pictures on which nothing is asked do not pass through the network; all of them count as equal to one of the
-    # others, or to the first row when there is no other: a pass is made in any case.
+    # Canvases without a scored token skip the network: they count as equal to one of the others, or to the first row
+    # where there is no other, since a pass is made in any case.
     asked_rows = scored.any(1)
     row_of = torch.where(asked_rows, torch.arange(len(key), device=key.device), asked_rows.int().argmax())
-    pictures, picture = key[row_of].unique(dim=0, return_inverse=True)
-    # One row stands for each distinct picture: its first.
-    first = row_of.new_full((len(pictures),), len(key)).scatter_reduce_(0, picture, row_of, "amin")
+    distinct, number = key[row_of].unique(dim=0, return_inverse=True)
+    # The first row of each distinct canvas stands for all of them.
+    first = row_of.new_full((len(distinct),), len(key)).scatter_reduce_(0, number, row_of, "amin")
     row, column = scored.nonzero(as_tuple=True)
-    positions, target_index = (picture[row] * canvases.shape[1] + column).unique(return_inverse=True)
+    positions, target_index = (number[row] * canvases.shape[1] + column).unique(return_inverse=True)
     by_position = target_index.argsort(stable=True)
     row, column = row[by_position], column[by_position]
     attention_mask = None if attention_mask is None else attention_mask[first]
@@ -95,17 +95,17 @@ def block_length_of(model: Any) -> int | None:
 def text_passes(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, hidden: Tensor, mask_token_id: int
 ) -> tuple[list[ScoringPass], list[Tensor]]:
-    """A pass for each of N pictures of whole texts [R, L] that asks for all it hides [R, N, L], as `scoring_pass`.
+    """A pass for each of N views of whole texts [R, L] that asks for all it hides [R, N, L], as `scoring_pass`.
 
     Texts of a block model begin in the first column and have whole blocks.
     """
     passes, answers = [], []
-    for picture in hidden.unbind(1):
-        canvas = input_ids.masked_fill(picture, mask_token_id)
+    for is_hidden in hidden.unbind(1):
+        canvas = input_ids.masked_fill(is_hidden, mask_token_id)
         if block_length_of(model) is None:
-            asked, answer = scoring_pass(canvas, attention_mask, input_ids, picture)
+            asked, answer = scoring_pass(canvas, attention_mask, input_ids, is_hidden)
         else:
-            asked, answer = copies_pass(input_ids, attention_mask, canvas[:, None], picture[:, None])
+            asked, answer = copies_pass(input_ids, attention_mask, canvas[:, None], is_hidden[:, None])
         passes.append(asked)
         answers.append(answer)
     return passes, answers
@@ -124,16 +124,16 @@ def score_views(
     entropy_grad: bool = False,
     as_reference: Callable[[], AbstractContextManager] | None = None,
 ) -> ViewScores:
-    """log p(completion_k | picture n) and the entropy there, [B, N, C] float32; 0 where the weight is 0.
+    """log p(completion_k | view n) and the entropy there, [B, N, C] float32; 0 where the weight is 0.
 
     `as_reference()` is a context within which `model` is the reference model: its hidden states, of one more pass
     without gradient, give the exact KL; the head must be the same and not be trained.
-    The pictures go through the network `views_per_pass` views of every rollout at a time (None: all at once), each
+    The network gets `views_per_pass` views of every rollout at a time (None: all at once), each
     such pass checkpointed, so memory does not grow with N and the number of passes depends on N alone. Within a pass
-    equal pictures are computed once, forward and backward: they answer for all the rollouts that they stand for.
+    equal canvases are computed once, forward and backward: they answer for all the rollouts that they stand for.
 
     A model that attends block by block takes a rollout's aligned prompts and its `trace_ids()`. The clean texts go
-    through once, the prompts' once for each distinct one; then the pictures in chunks of columns. Where there are more
+    through once, the prompts' once for each distinct one; then the views in chunks of columns. Where there are more
     than `views_per_pass`, the activations of one chunk live at a time, for one more forward pass of each.
     """
     num_rows, num_views, num_completion = views.weights.shape
@@ -151,7 +151,7 @@ def score_views(
     chunks, width, passes, answers = [num_views], num_completion, [], []
     if size is not None:
         copies = views.each(lambda value: value[..., -num_completion:]).canvases(completion_ids, mask_token_id)
-        # No more tokens at a time than `views_per_pass` pictures have.
+        # No more tokens at a time than `views_per_pass` views have.
         columns = max(size, min(CHUNK, views_per_pass * num_completion // num_views))
         asked, answer = copies_pass(
             input_ids, attention_mask, copies, is_scored, columns, num_views > views_per_pass, targets
@@ -239,11 +239,11 @@ def log_likelihood(
 ) -> Tensor:
     """Monte-Carlo lower bound of log p(completion | prompt) in nats, [B] float32, without gradient.
 
-    LLaDA's likelihood (arXiv:2502.09992, eq. 6 and appendix B.5): the mean over `num_samples` masked pictures of
-    C/l * sum over the l hidden tokens of log p(token | picture), l uniform in {1..C}; `complementary` draws pairs of a
-    picture and its complement instead, twice as many pictures. prompt_ids [B, P]; `prompt_mask` [B, P] is False on
+    LLaDA's likelihood (arXiv:2502.09992, eq. 6 and appendix B.5): the mean over `num_samples` masked views of
+    C/l * sum over the l hidden tokens of log p(token | view), l uniform in {1..C}; `complementary` draws pairs of a
+    view and its complement instead, twice as many views. prompt_ids [B, P]; `prompt_mask` [B, P] is False on
     the padding, which comes first, and has a token in each row where logits are shifted (Dream); completion_ids
-    [B, C], every token of which is scored. `batch_size` pictures go through the network at a time; it does not change
+    [B, C], every token of which is scored. `batch_size` views go through the network at a time; it does not change
     the result. Published: 128 samples; 1 is exact for a single token.
 
     Of a model that attends block by block: the sum of its blocks' bounds, each behind the clean past. What may follow

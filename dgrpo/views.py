@@ -1,4 +1,4 @@
-"""Masked views: which positions of a rollout are hidden in each picture, and how much each scored token counts.
+"""Masked views: which positions of a rollout are hidden in each view, and how much each scored token counts.
 
 Shapes: B rollouts, N views of each, P prompt tokens (padded on the left), C completion tokens, L = P + C.
 """
@@ -15,12 +15,12 @@ from dgrpo.noise import stream
 
 @dataclass(frozen=True)
 class MaskedViews:
-    """N masked pictures of B rollouts; log p_k = sum over n of weights[n, k] * log p(completion_k | picture n).
+    """N masked views of B rollouts; log p_k = sum over n of weights[n, k] * log p(completion_k | view n).
 
     hidden [B, N, L] bool: positions shown as [MASK]. weights [B, N, C] float32: zero where a token is not scored in
-    that picture, nonzero only where it is hidden. Where tokens were written more than once: shown [B, N, C], the
-    tokens of a picture that it does not hide, and targets [B, N, C], the tokens that it scores; None is the
-    completion's own. A token may then be scored over another one that the picture shows.
+    that view, nonzero only where it is hidden. Where tokens were written more than once: shown [B, N, C], the
+    tokens that a view does not hide, and targets [B, N, C], the tokens that it scores; None is the
+    completion's own. A token may then be scored over another one that the view shows.
     """
 
     hidden: Tensor
@@ -44,7 +44,7 @@ class MaskedViews:
                 raise ValueError(f"MaskedViews: {name} {list(ids.shape)} must be {list(self.weights.shape)}.")
 
     def check(self, completion_ids: Tensor | None = None) -> "MaskedViews":
-        """Self, or ValueError where a token that the picture shows would be scored (it would predict itself).
+        """Self, or ValueError where a token that the view shows would be scored (it would predict itself).
 
         `completion_ids` [B, C] are needed where only one of `shown` and `targets` is given.
         """
@@ -61,7 +61,7 @@ class MaskedViews:
         return self
 
     def canvases(self, input_ids: Tensor, mask_token_id: int) -> Tensor:
-        """The pictures [B, N, L] of prompt + completion `input_ids` [B, L]."""
+        """The canvases [B, N, L] of prompt + completion `input_ids` [B, L]."""
         ids = input_ids[:, None]
         if self.shown is not None:
             prompt = ids[..., : -self.shown.shape[-1]].expand(-1, self.shown.shape[1], -1)
@@ -78,10 +78,10 @@ class MaskedViews:
 
 
 def views_of(estimator: Callable[..., MaskedViews], rollout: Any, generator: torch.Generator) -> MaskedViews:
-    """The estimator's views of a rollout; of a block model, one view shows a picture of each block.
+    """The estimator's views of a rollout; of a block model, one view shows a noisy copy of each block.
 
     A block of the canvas is a canvas of its own, without what is given of the prompt in it: the estimator draws on
-    each and need not know of the others. In view n every block shows its n-th picture behind the clean past, so
+    each and need not know of the others. In view n every block shows its n-th copy behind the clean past, so
     log p_k is again the weighted sum over n. Steps are counted within the block. The number of views is that of a
     whole block; the others are filled up with views that show and score nothing.
     """

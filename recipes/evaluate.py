@@ -5,7 +5,7 @@
     python recipes/evaluate.py --generations generations/*.json --protocol d1 strict --disagreements
 
 As in the papers: greedy, in blocks of 32, with half as many denoising steps as tokens. The folder then holds the texts
-in d1's JSON format, results.json and accuracy.png. A run that was cut off goes on with --resume.
+in d1's JSON format, results.json and accuracy.png. --resume continues an interrupted run.
 """
 
 import argparse

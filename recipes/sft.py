@@ -36,7 +36,7 @@ class SFTRecipeConfig:
         default=EMBEDDED, metadata={"help": "Hub name or local file of prompt/completion rows, or 'embedded'."}
     )
     num_examples: int = field(default=2048, metadata={"help": "Generated examples when the dataset is 'embedded'."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to start from."})
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
     convert: str | None = field(
         default=None,

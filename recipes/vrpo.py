@@ -32,7 +32,7 @@ class VRPORecipeConfig:
     )
     num_examples: int = field(default=1024, metadata={"help": "Generated pairs when the dataset is 'embedded'."})
     num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems when it is; 0: none."})
-    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to go on from."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to start from."})
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
 
 

@@ -83,7 +83,7 @@ def runnable(tests: tuple[str, ...]) -> Steps:
 
 
 def share(outcome: sandbox.Outcome, steps: Steps) -> float:
-    """The share of the counting steps that are told as passed."""
+    """The share of the counting steps that are reported as passed."""
     results, num_tests = outcome.output, sum(counts for _, counts in steps)
     # Anything else is the complaint of a process that could not start, or was not written by the tests.
     is_told = set(results) <= set("01") and len(results) <= num_tests
@@ -136,7 +136,7 @@ def tests_reward(
         completions: Texts, or lists of messages.
         tests: For each completion the tests of its row, a text or a list of texts.
         solution: For each completion the reference solution of its row, or None. A row whose reference fails is None.
-        columns: The other columns; `log_metric` is told the share of rows judged together with their tests.
+        columns: The other columns; `log_metric` receives the share of rows judged together with their tests.
 
     Up to `MAX_AT_ONCE` rows run at once. RuntimeError where the machine cannot confine programs.
     """

@@ -55,7 +55,7 @@ class DiffusionLM(TemplateLM):
     pretrained, adapter, revision, dtype: as in `load_model`. batch_size: completions to sample at a time.
     max_gen_toks: completion length where the task names none, denoised in blocks of `block_length` and in
     `diffusion_steps` steps (default: half as many as tokens).
-    num_samples: masked pictures behind a likelihood, of which `pictures_per_pass` go through the network at a time.
+    num_samples: masked views behind a likelihood, of which `pictures_per_pass` go through the network at a time.
     check_greedy: also find out whether a continuation is what greedy denoising writes, at one pass a token; only tasks
     that ask for it need it (LAMBADA's accuracy, not multiple choice).
     """
@@ -162,7 +162,7 @@ class DiffusionLM(TemplateLM):
             self.model,
             torch.tensor([context], device=self.device),
             torch.tensor([continuation], device=self.device),
-            # The picture of a single token is always the same one.
+            # A single token has only one view.
             1 if len(continuation) == 1 else self.num_samples,
             generator=stream("lm_eval", self.seed, *context),
             batch_size=self.pictures_per_pass,

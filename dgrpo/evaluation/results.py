@@ -37,7 +37,7 @@ def stored_result(name: str, report: Report) -> Result:
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """One line for each result; columns that say nothing are left out."""
+    """One line for each result; empty columns are omitted."""
     columns = {
         "checkpoint": [result.checkpoint for result in results],
         "set": [result.name for result in results],

@@ -1,7 +1,7 @@
-"""The one question a masked diffusion model answers: what are the hidden tokens of this picture?
+"""What every masked diffusion model computes: the distribution of the hidden tokens of a canvas.
 
-Shapes: U distinct pictures, L tokens in each, Q asked positions, T scored tokens, V vocabulary, d width.
-A position is a flat index into the U * L tokens of the pictures, and always means the token that is *predicted*
+Shapes: U distinct canvases, L tokens in each, Q requested positions, T scored tokens, V vocabulary, d width.
+A position is a flat index into the U * L tokens of the canvases, and always means the token that is *predicted*
 there; families whose logits are shifted by one (Dream) read the hidden state of the neighbour, here and nowhere else.
 """
 
@@ -20,7 +20,7 @@ EVERYWHERE = slice(None)
 
 
 class ScoringPass(NamedTuple):
-    """What one pass through the network shows and asks: U pictures, Q positions, T targets on these positions."""
+    """What one pass through the network shows and requests: U canvases, Q positions, T targets on these positions."""
 
     input_ids: Tensor  # [U, L]
     attention_mask: Tensor | None  # [U, L]; None when nothing is padded
@@ -98,7 +98,7 @@ class MaskPredictor:
         """Scores of each of `passes`; or float32 logits [Q, V] at `positions`; or all logits [U, L, V].
 
         `hidden_only` gives the hidden states [Q, d] of each of `passes`, for another call's `reference`.
-        `columns` promises that all positions lie in this slice of the L columns: the last layer is left out elsewhere.
+        `columns` promises that all positions lie in this slice of the L columns: the last layer skips the others.
         Several passes are checkpointed one by one: activations of one pass live at a time, for one more forward.
         """
         if given := [name for name, value in unused.items() if value is not None and value is not False]:

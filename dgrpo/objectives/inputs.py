@@ -15,7 +15,7 @@ Metrics = dict[str, Tensor]
 class ObjectiveInputs:
     """What an objective may read. A token's score is the sum over views of weight * log-probability."""
 
-    logps_per_view: Tensor  # [B, N, C] log p(token | picture) of the current policy, with gradient; 0 where not scored
+    logps_per_view: Tensor  # [B, N, C] log p(token | view) of the current policy, with gradient; 0 where not scored
     weights: Tensor  # [B, N, C]
     # [B, C] the weighted sum over views under the rollout's policy; None: it is the current one, or not asked for.
     old_logps: Tensor | None

@@ -15,8 +15,8 @@ def evidence_bounds(batch: ObjectiveInputs, eubo_beta: float = 1.5) -> tuple[Ten
     """Lower and upper bound of log p(completion) per token, two [B] in nats.
 
     SPG (arXiv:2510.09541, section 3): ELBO = 1/L sum_k sum_n w_nk log p_nk; EUBO = mean over tokens k of
-    1/b log sum_n w_nk p_nk^b, b = `eubo_beta` >= 1, up to the paper's constant. The logarithm of a mean over few views
-    lies below the bound in the mean, and tokens that no view hides are left out of it: take several views.
+    1/b log sum_n w_nk p_nk^b, b = `eubo_beta` >= 1, up to the paper's constant. With few views log-mean-exp is
+    biased low (Jensen), and tokens that no view hides are skipped: take several views.
     """
     scored = batch.weights > 0
     covered = scored.any(1)

@@ -52,7 +52,7 @@ class UpdateGuard(TrainerCallback):
         return loss if torch.isfinite(loss) else loss * torch.nan
 
     def skips(self, model: nn.Module, norm: float, step: int) -> bool:
-        """Whether update `step` is left out, which its gradient's norm tells; the gradient is gone then."""
+        """Whether update `step` is skipped, by its gradient's norm; the gradient is then gone."""
         # DeepSpeed has come to its step by now, and found the same; its sharded optimizers skip it themselves.
         bad = self.accelerator.optimizer_step_was_skipped or not math.isfinite(norm)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0

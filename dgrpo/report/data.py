@@ -144,7 +144,7 @@ def thin(points: list[tuple[float, float]], limit: int = MAX_POINTS) -> list[lis
 
 
 def charts(metrics: Metrics) -> list[dict]:
-    """The curves that tell how a run goes; those that were not logged, or are 0 throughout, are left out."""
+    """The curves of a run; those that were not logged, or are 0 throughout, are omitted."""
     drawn = []
     for chart in CHARTS:
         columns = columns_of(chart, metrics)
@@ -206,7 +206,7 @@ def time_split(metrics: Metrics, max_bars: int = 40) -> dict:
 
 
 def samples(stored: object) -> list[dict]:
-    """The same problems before and after training, with the marks that they got; changed marks first."""
+    """The same problems before and after training, with their verdicts; changed verdicts first."""
     items = [item for item in stored if isinstance(item, dict)] if isinstance(stored, list) else []
     keys = ("prompt", "gold", "before", "after")
     shown = [

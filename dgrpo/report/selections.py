@@ -37,7 +37,7 @@ def most_changed(completions: Sequence[Completion], limit: int) -> list[Row]:
 
 
 def paid_without_format(completions: Sequence[Completion], limit: int) -> list[Row]:
-    """Highest reward, that for format left out, among completions in the wrong format: where reward hacking shows.
+    """Highest reward, without that for format, among completions in the wrong format: where reward hacking shows.
 
     The format is judged by the reward with "format" in its name. Without one it is `rewards.format.has_format`, and
     the view is empty if no completion of the run ever has that format: the task then asks for another.

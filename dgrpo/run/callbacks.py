@@ -135,7 +135,7 @@ class ProgressLine(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every logged metric as a row of metrics.csv; a resumed run goes on where its checkpoint was."""
+    """Every logged metric as a row of metrics.csv; a resumed run continues from its checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path

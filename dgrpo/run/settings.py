@@ -45,7 +45,7 @@ class RecipeConfig:
     )
     instruction: str | None = field(default=None, metadata={"help": "Text before each question; default: the task's."})
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to go on from."}
+        default=None, metadata={"help": "A trained adapter (for example of recipes/sft.py) to start from."}
     )
     sample_every: int = field(default=4, metadata={"help": "Rollouts between printed completions; 0: none."})
     keep_best: bool = field(

@@ -312,6 +312,6 @@ def main(
     recipe_type: type = RecipeConfig,
     rollout_source: RolloutSource | None = None,
 ) -> None:
-    """`run_task` as a program: what a user got wrong is told in one line."""
+    """`run_task` as a program: a user's error is printed in one line."""
     with one_line_errors():
         run_task(task, recipe_file, recipe_type, rollout_source)

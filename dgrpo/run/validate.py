@@ -126,7 +126,7 @@ def validated(
     if isinstance(result, ValueError):
         raise result
     if result.left_out:
-        logger.warning(f"validate: {result}; those that fail are left out and listed in {file}.")
+        logger.warning(f"validate: {result}; those that fail are skipped and listed in {file}.")
     elif result.num_unchecked:
         logger.warning(f"validate: {result}; what was not reached is kept.")
     return rows.select(result.kept) if result.left_out else rows

@@ -136,7 +136,7 @@ def generate(
         prompt_mask=prompt_mask,
         completion_ids=torch.where(shown, completion_ids, end_ids[0]),
         completion_mask=completion_mask,
-        # Only the history keeps what was drawn after the end: no picture may show it, or tell where the end is.
+        # Only the history keeps what was drawn after the end: no view may show it, or reveal where the end is.
         revealed_at=torch.where(shown, revealed_at, num_steps),
         confidence=confidence.where(shown, 0.0),
         entropy=entropy.where(shown, 0.0),

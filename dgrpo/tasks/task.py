@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 # What --dataset says for the generated problems that the embedded default trains on.
 EMBEDDED = "embedded"
 
-# Columns of a file that the prompt takes the place of, or that TRL would read as pictures.
+# Columns of a file that the prompt takes the place of, or that TRL would read as images.
 _NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")
 # Arguments that the trainer itself passes to every reward.
 _TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -148,7 +148,7 @@ def load_rows(
     held_out_keys = {task.split_key(row) for row in held_out}
     disjoint = [row for row in train if task.split_key(row) not in held_out_keys]
     if left_out := len(train) - len(disjoint):
-        logger.warning(f"dataset={source!r}: {left_out} training rows occur in the held-out rows and are left out.")
+        logger.warning(f"dataset={source!r}: {left_out} training rows occur in the held-out rows and are skipped.")
     if not held_out or not (disjoint or source == eval_dataset):
         raise ValueError(
             f"dataset={source!r}: no rows are left for {'training' if held_out else 'evaluation'} "

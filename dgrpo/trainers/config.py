@@ -76,7 +76,7 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards read the other columns."})
 
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Prompts with more tokens are left out before training, with a count."}
+        default=None, metadata={"help": "Prompts with more tokens are skipped before training, with a count."}
     )
     max_completion_length: int | None = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
     block_length: int | None = field(

@@ -16,7 +16,7 @@ class EpochSampler(RepeatSampler):
 
 
 def without_long_prompts(dataset, tokenizer, max_prompt_length: int, template_settings: dict | None = None):
-    """The dataset without prompts of more than `max_prompt_length` tokens; says how many were left out."""
+    """The dataset without prompts of more than `max_prompt_length` tokens; logs how many were skipped."""
 
     def fits(row: dict) -> bool:
         prompt = row["prompt"]
@@ -29,5 +29,5 @@ def without_long_prompts(dataset, tokenizer, max_prompt_length: int, template_se
     if len(kept) == 0:
         raise ValueError(f"max_prompt_length={max_prompt_length}: no prompt of the dataset is that short; raise it.")
     if left_out := len(dataset) - len(kept):
-        logger.warning(f"max_prompt_length={max_prompt_length}: {left_out} of {len(dataset)} prompts are left out.")
+        logger.warning(f"max_prompt_length={max_prompt_length}: {left_out} of {len(dataset)} prompts are skipped.")
     return kept

@@ -1,6 +1,6 @@
 """Masked supervised fine-tuning: LLaDA's objective on completions (arXiv:2502.09992, equation 6), or on their blocks.
 
-Shapes: B texts of L tokens, N pictures of each (2 with `complementary`, else 1), b tokens a block.
+Shapes: B texts of L tokens, N views of each (2 with `complementary`, else 1), b tokens a block.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
     remove_unused_columns: bool | None = field(default=False)
     max_length: int = field(
         default=4096,
-        metadata={"help": "Longest prompt + completion in tokens; longer rows are left out, with a count."},
+        metadata={"help": "Longest prompt + completion in tokens; longer rows are skipped, with a count."},
     )
     completion_canvas: int = field(
         default=0,
@@ -55,7 +55,7 @@ class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
     )
 
     complementary: bool = field(
-        default=False, metadata={"help": "Also train on each picture's complement, so that every token counts once."}
+        default=False, metadata={"help": "Also train on each view's complement, so that every token counts once."}
     )
     min_ratio: float = field(default=0.0, metadata={"help": "Smallest share of a text, or block, that is hidden."})
     max_ratio: float = field(default=1.0, metadata={"help": "Largest such share (LLaDA2.0: 0.3 to 0.8)."})
@@ -171,7 +171,7 @@ def check_blocks(model: Any, args: MaskedSFTConfig) -> None:
 
 
 class MaskedSFTTrainer(Trainer):
-    """Trainer whose loss is the negative ELBO of the completion per token, from one picture of each row.
+    """Trainer whose loss is the negative ELBO of the completion per token, from one view of each row.
 
     l of a row's n completion tokens are hidden, l uniform in {1..n} and evenly spread over the batch; each hidden one
     weighs n/l (LLaDA, arXiv:2502.09992, equation 6: the mean of equation 5, with less variance). The masks are a
@@ -273,7 +273,7 @@ class MaskedSFTTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _draw(self, model, is_open: Tensor, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """What the pictures hide and what it weighs, [B, N, L]."""
+        """What the views hide and what it weighs, [B, N, L]."""
         return draw_masks(
             is_open,
             num_samples,
@@ -285,7 +285,7 @@ class MaskedSFTTrainer(Trainer):
         )
 
     def _log_bound(self, model, input_ids: Tensor, mask: Tensor | None, hidden: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum over pictures and tokens of log p, [B]; each picture has a pass of its own."""
+        """The weighted sum over views and tokens of log p, [B]; each view has a pass of its own."""
         passes, answers = text_passes(model, input_ids, mask, hidden, self.processing_class.mask_token_id)
         total = weights.new_zeros(len(input_ids))
         for answer, scores, weight in zip(answers, model(passes=passes), weights.unbind(1), strict=True):

@@ -20,7 +20,7 @@ class VRPOConfig(MaskedSFTConfig):
     learning_rate: float = field(default=5e-7)
     beta: float = field(default=0.2, metadata={"help": "Scale of the ELBO differences inside the sigmoid."})
     num_samples: int = field(
-        default=8, metadata={"help": "Masked pictures of each completion; all of the budget on masks, one each."}
+        default=8, metadata={"help": "Masked views of each completion; all of the budget on masks, one each."}
     )
 
     def __post_init__(self):
@@ -37,10 +37,10 @@ class VRPOConfig(MaskedSFTConfig):
 class VRPOTrainer(MaskedSFTTrainer):
     """Trainer whose loss is -log sigmoid(beta * (d_chosen - d_rejected)), d = the policy's ELBO - the reference's.
 
-    Rows have `prompt`, `chosen` and `rejected`, strings or lists of messages. Policy and reference see the same
-    pictures (the paper's antithetic sampling); chosen and rejected completions have their own. The reference is the
-    policy without its adapter, so the model must have one; its dropout is turned off, or it would be noise that only
-    one of the two sees.
+    Rows have `prompt`, `chosen` and `rejected`, strings or lists of messages. Policy and reference are scored on
+    the same views (the paper's antithetic sampling); chosen and rejected have their own. The reference is
+    the policy without its adapter, so the model must have one; its dropout is turned off, or it would be noise that
+    only one of the two sees.
     """
 
     args: VRPOConfig
@@ -76,10 +76,10 @@ class VRPOTrainer(MaskedSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         *texts, is_open = self._texts(model, inputs)
-        pictures = self._draw(model, is_open, self.args.num_samples)
+        views = self._draw(model, is_open, self.args.num_samples)
         with self._as_reference(), torch.no_grad():
-            reference = self._log_bound(model, *texts, *pictures)
-        gains = self.args.beta * (self._log_bound(model, *texts, *pictures) - reference)
+            reference = self._log_bound(model, *texts, *views)
+        gains = self.args.beta * (self._log_bound(model, *texts, *views) - reference)
         chosen, rejected = gains.chunk(2)
         loss = -F.logsigmoid(chosen - rejected).mean()
         found = {"accuracy": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean()}
