@@ -84,7 +84,12 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (execute(module), _register_on_first_use(module))
+
+            def execute_and_register(module):
+                execute(module)
+                _register_on_first_use(module)
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
 

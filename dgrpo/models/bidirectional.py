@@ -26,6 +26,8 @@ class BidirectionalReading(MaskPredictor):
     The configuration says how far logits are shifted (`logit_shift`: 1 when position i predicts token i + 1).
     """
 
+    lm_head: Any
+
     def __init__(self, config):
         refuse_sliding_windows(config)
         super().__init__(config)

@@ -3,7 +3,7 @@
 Shapes: Q positions, T scored tokens, V vocabulary, d width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +82,10 @@ class _FrozenHeadScores(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0]
         logps = hidden.new_empty(targets.shape, dtype=torch.float32)
         entropy = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
-        mean_row = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
-        target_row = hidden.new_empty((len(targets), hidden.shape[1]), dtype=torch.float32) if needs_grad else None
+        mean_row: Any = torch.empty_like(hidden, dtype=torch.float32) if needs_grad else None
+        target_row: Any = (
+            hidden.new_empty((len(targets), hidden.shape[1]), dtype=torch.float32) if needs_grad else None
+        )
         entropy_row = torch.empty_like(mean_row) if needs_grad and entropy_grad else None
         divergence = None if reference is None else torch.empty_like(entropy)
         divergence_row = torch.empty_like(mean_row) if needs_grad and reference is not None else None
@@ -94,7 +96,7 @@ class _FrozenHeadScores(torch.autograd.Function):
             top = first_argmax(logits)[:, None]
             logits -= logits.gather(-1, top)
             index = target_index[scored] - rows.start
-            probs = torch.empty_like(logits) if needs_grad or reference is not None else None
+            probs: Any = torch.empty_like(logits) if needs_grad or reference is not None else None
             others, energy = spread_beside(logits, top, probs)
             total, log_total = 1 + others, others.log1p()
             logps[scored] = logits[index, targets[scored]] - log_total[index, 0]
@@ -152,7 +154,7 @@ class ScoringHead(nn.Linear):
     It is called as a module so that ZeRO-3 and FSDP gather its weight around the whole call.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]  # scores as well, so that the weight is gathered once
         self,
         hidden: Tensor,
         target_index: Tensor | None = None,

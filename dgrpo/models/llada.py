@@ -91,6 +91,8 @@ class LLaDABlock(GradientCheckpointingLayer, Attention):
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__(config, layer_idx, config.d_model // config.n_heads)
+        assert config.n_kv_heads is not None
+        assert config.mlp_hidden_size is not None
         width, inner, key_size = config.d_model, config.mlp_hidden_size, config.n_kv_heads * self.head_dim
         self.attn_norm = RMSNorm(width, config.rms_norm_eps)
         self.ff_norm = RMSNorm(width, config.rms_norm_eps)
@@ -124,20 +126,21 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
-        modules = {
+        assert config.embedding_size is not None
+        modules: dict[str, nn.Module] = {
             "wte": nn.Embedding(config.embedding_size, config.d_model),
             "blocks": nn.ModuleList(LLaDABlock(config, index) for index in range(config.n_layers)),
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
         }
         if not config.weight_tying:
             modules["ff_out"] = ScoringHead(config.d_model, config.embedding_size, bias=False)
-        self.transformer = nn.ModuleDict(modules)
+        self.transformer: Any = nn.ModuleDict(modules)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer["wte"]
 
-    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+    def set_input_embeddings(self, embedding: Any) -> None:
         self.transformer["wte"] = embedding
         # transformers notes a new number of rows in vocab_size alone.
         self.config.embedding_size = embedding.num_embeddings
@@ -159,6 +162,7 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
         super().__init__(config)
         self.model = LLaDAModel(config)
         if config.weight_tying:
+            assert config.embedding_size is not None
             # A head module of its own keeps the one place where scoring happens; it shares wte's weight and is not
             # stored (published tied checkpoints hold `wte` alone).
             self.tied_head = ScoringHead(config.d_model, config.embedding_size, bias=False)
@@ -168,7 +172,7 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, embedding: nn.Embedding) -> None:
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
         self.model.set_input_embeddings(embedding)
 
     def get_output_embeddings(self) -> ScoringHead:

@@ -103,6 +103,7 @@ class Attention(layers.Attention):
 
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int):
         super().__init__(config, layer_idx, config.hidden_size // config.num_attention_heads)
+        assert config.num_key_value_heads is not None
         width, key_size = config.hidden_size, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, key_size, bias=False)

@@ -5,6 +5,7 @@ A position is a flat index into the U * L tokens of the canvases, and always mea
 there; families whose logits are shifted by one (Dream) read the hidden state of the neighbour, here and nowhere else.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,13 @@ class MaskPredictor:
     position i predicts token i + 1).
     """
 
+    # Of the transformers class that comes after this one.
     config: Any
     model: Any
+    get_input_embeddings: Callable[[], Any]
+    get_output_embeddings: Callable[[], Any]
+    named_modules: Callable[..., Any]
+    set_submodule: Callable[..., None]
     logit_shift = 0
 
     def network(
@@ -67,7 +73,7 @@ class MaskPredictor:
         if attention not in ("sdpa", "eager") and "flash" not in attention:
             # Flex attention, for one, would add a mask of trues and falses to its scores.
             raise ValueError(f"attn_implementation={attention!r}: choose 'sdpa', 'eager' or 'flash_attention_2'.")
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the class after this one
         self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
         # PEFT's causal wrapper looks this up when it is built. Set on the instance: a method of the class would make
         # transformers treat the model as one that its own generate() can drive.
@@ -109,13 +115,13 @@ class MaskPredictor:
             if len(passes) == 1 or not torch.is_grad_enabled():
                 return [self._score(each, temperature, entropy_grad) for each in passes]
             return [checkpoint(self._score, each, temperature, entropy_grad, use_reentrant=False) for each in passes]
+        assert input_ids is not None
         head = self.get_output_embeddings()
         if positions is None:
             hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values, visible)
             if self.logit_shift:
                 hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
             return MaskedLMOutput(logits=head(hidden))
-        assert input_ids is not None
         return head(self._rows(positions, columns, input_ids, attention_mask, position_ids, past_key_values, visible))
 
     def hidden_states(
@@ -153,12 +159,12 @@ class MaskPredictor:
         mask = attention.attention_mask(attention_mask, visible, config._attn_implementation, dtype)
         return self.network(input_ids, mask, position_ids, past_key_values, columns)
 
-    def _rows(self, positions: Tensor, columns: slice, input_ids: Tensor, *context) -> Tensor:
+    def _rows(self, positions: Tensor, columns: slice, input_ids: Tensor, *context: Any) -> Tensor:
         """Hidden states [Q, d] that predict the tokens at `positions`, all of them in `columns`."""
         length = input_ids.shape[1]
         if columns.start:
             columns = slice(columns.start - self.logit_shift, columns.stop)
-        hidden = self.hidden_states(input_ids, *context, columns=columns)
+        hidden = self.hidden_states(input_ids, *context, columns=columns)  # type: ignore[misc]  # context ends before it
         column = positions % length
         if self.logit_shift:
             column = column - (column > 0).long()

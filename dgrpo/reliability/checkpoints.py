@@ -82,11 +82,16 @@ class WholeCheckpoints:
                 f"{whole[-1] if whole else 'none'}; make room where output_dir={str(final.parent)!r} is, and resume."
             ) from error
 
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        assert self.trainer.args.output_dir is not None
+        return Path(self.trainer.args.output_dir)
+
     def save(self, write: Callable[[], None]) -> None:
         """Has Trainer `write` a checkpoint aside, adds what it lacks, and gives it its name."""
         trainer, args = self.trainer, self.trainer.args
-        output_dir = Path(args.output_dir)
-        final = output_dir / f"checkpoint-{trainer.state.global_step}"
+        final = self.output_dir / f"checkpoint-{trainer.state.global_step}"
         pushes = args.push_to_hub
         with self._written_aside(final, self._record or self.record()) as written:
             # Pushed when it is whole.
@@ -102,7 +107,7 @@ class WholeCheckpoints:
 
     def tidy(self, newest: Path | None = None) -> None:
         """Deletes what a kill left half written, and checkpoints beyond save_total_limit."""
-        folder = Path(self.trainer.args.output_dir)
+        folder = self.output_dir
         best = self.trainer.state.best_model_checkpoint
         newest = newest or self.resumed_from
         keep = {Path(path) for path in (newest, best, *whole_checkpoints(folder)[-1:]) if path}
@@ -110,7 +115,7 @@ class WholeCheckpoints:
 
     def save_best(self, measured: dict) -> None:
         """Puts the weights into `best`, beside the checkpoints, with `measured` as best.json."""
-        with self._written_aside(Path(self.trainer.args.output_dir) / "best") as written:
+        with self._written_aside(self.output_dir / "best") as written:
             self.trainer.save_model(str(written), _internal_call=True)
             if self.trainer.accelerator.is_main_process:
                 (written / "best.json").write_text(json.dumps(measured) + "\n")
@@ -146,7 +151,7 @@ class WholeCheckpoints:
         """
         self._record = self.record()
         if resume_from_checkpoint is True:
-            checkpoint = resume_checkpoint(self.trainer.args.output_dir)
+            checkpoint = resume_checkpoint(self.output_dir)
         else:
             checkpoint = resume_from_checkpoint or None
             if checkpoint and (wrong := what_is_wrong(checkpoint)):
@@ -189,6 +194,8 @@ class ExactResume(WholeCheckpoints):
     reference model's weights.
     """
 
+    trainer: Any  # a DiffuGRPOTrainer, whose module imports this one
+
     def __init__(self, trainer):
         super().__init__(trainer)
         plugin = trainer.accelerator.state.deepspeed_plugin
@@ -204,7 +211,7 @@ class ExactResume(WholeCheckpoints):
         if trainer.args.save_only_model:
             return
         within = trainer._step % trainer.generate_every != 0
-        logs = {name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")}
+        logs: dict[str, Any] = {name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")}
         for kind in ("rewards", "extra"):
             logs[kind] = {name: list(rows) for name, rows in trainer._logs[kind].items()}
         state = {

@@ -47,7 +47,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     def watch() -> None:
         wait: float = seconds
         while not over.wait(wait):
-            signal.pthread_kill(threading.main_thread().ident, _SIGNAL)
+            signal.pthread_kill(threading.main_thread().ident, _SIGNAL)  # type: ignore[arg-type]  # it has started
             wait = 1.0
 
     previous = signal.signal(_SIGNAL, interrupt)

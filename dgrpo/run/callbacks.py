@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import datasets
 import transformers
@@ -212,7 +212,7 @@ class HeldOutEvaluation(TrainerCallback):
                 trainer.model_wrapped,
                 accelerator,
                 gather_deepspeed3_params=True,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]  # parsed
             ) as model,
             # Equal within rounding in float32; partitioned weights cannot take an adapter in.
             nullcontext() if partitioned or trainer.args.bf16 else as_in_training(model),
@@ -244,7 +244,8 @@ class HeldOutEvaluation(TrainerCallback):
             self.metrics.add(step, logs)
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
-                    callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
+                    tracker = cast(TrainerCallback, callback)
+                    tracker.on_log(trainer.args, trainer.state, trainer.control, logs=dict(logs), model=trainer.model)
             figure, low, high = (f"{each:{FORMATS[measure]}}" for each in (found.figure, *found.interval))
             reason = f", {sum(found.reasons) / found.n:.0%} reason" if measure == "accuracy" else ""
             tqdm.write(f"held-out {measure} at step {step}: {figure} ({low} to {high}, n={found.n}){reason}")

@@ -51,7 +51,7 @@ def without_memory(model: nn.Module) -> FakeTensorMode:
                         is_weight = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
                     if tensor is not None:
-                        tensors[name] = made[id(tensor)]
+                        tensors[name] = made[id(tensor)]  # type: ignore[assignment]  # a parameter where one was
         for weight in model.parameters():
             if weight.requires_grad:
                 # As in every update but the first: gradients are there, and counted with the optimizer.

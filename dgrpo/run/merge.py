@@ -88,7 +88,7 @@ def _base_of(adapters: list) -> str:
             f"adapter {again!r} was trained on {base!r} itself, as {str(adapters[0])!r} was. If it went on from that "
             "one, it holds it already: fold it alone. If it was trained with the others folded in, give `base`."
         )
-    return base
+    return base  # type: ignore[return-value]  # PEFT writes it into every adapter
 
 
 def _refuse_untied(model, base: str) -> None:

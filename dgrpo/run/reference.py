@@ -95,7 +95,7 @@ def kinds() -> dict[str, tuple[type, ...]]:
 def settings_of(*config_types: type) -> dict[str, Action]:
     """The settings of these configurations, by name, without those that are refused."""
     refused = REFUSED_IN_GRPO if DiffuGRPOConfig in config_types else REFUSED_IN_SFT
-    actions = TrlParser(config_types, allow_abbrev=False)._actions
+    actions = TrlParser(config_types, allow_abbrev=False)._actions  # type: ignore[arg-type]  # TRL: a NewType
     known: dict[str, Action] = {}
     for action in actions:
         # The first one: `--no_x` of a truth value comes second, with the opposite default.

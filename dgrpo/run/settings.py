@@ -88,7 +88,7 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
     for file in filter(None, files):
         settings |= read_yaml(file)
     # Without abbreviations: `--learning_rat 1` must be refused, not read as the learning rate.
-    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser(config_types or (RecipeConfig, DiffuGRPOConfig, ModelConfig), allow_abbrev=False)  # type: ignore[arg-type]  # TRL: a NewType
     known = {action.dest for action in parser._actions}
     if unknown := sorted(set(settings) - known):
         raise ValueError(

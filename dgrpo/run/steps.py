@@ -90,7 +90,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     block_length = getattr(recipe, "block_length", getattr(args, "block_length", None)) if in_blocks else None
     if isinstance(args, DiffuGRPOConfig):
         network = load_config(name, model_config.model_revision, convert=convert, block_length=block_length)
-        check_blocks(network, args, args.estimator and configured_estimator(args))
+        check_blocks(network, args, configured_estimator(args) if args.estimator else None)
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,
@@ -103,7 +103,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         convert=convert,
         block_length=block_length,
     )
-    peft_config: LoraConfig | None = get_peft_config(model_config)
+    peft_config: LoraConfig | None = get_peft_config(model_config)  # type: ignore[assignment]  # TRL makes LoRA alone
     if recipe.adapter_name_or_path is not None:
         return model, tokenizer, None
     if peft_config is not None and model_config.lora_target_modules is None:
@@ -152,6 +152,7 @@ def build(
     checked_rewards(rewards, train_rows, args)
     check_columns([task.grade], train_rows.column_names)
     if recipe.validate:
+        assert args.output_dir is not None
         train_rows = validated(train_rows, rewards, task, Path(args.output_dir) / "left_out.jsonl")
     args.check_num_prompts(len(train_rows))
     model, tokenizer, peft_config = prepare_model(task, recipe, args, model_config)
@@ -198,6 +199,7 @@ def run_folder(args: TrainingArguments, recipe: Any, model_config: ModelConfig) 
     model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
     no_bars_without_a_terminal()
     main = PartialState().is_main_process
+    assert args.output_dir is not None
     with _told_where(args.output_dir), locked(args.output_dir) if main else contextlib.nullcontext():
         checkpoint = resume_checkpoint(args.output_dir, recipe.resume)
         if checkpoint:
@@ -215,7 +217,8 @@ def train_until_stopped(trainer: Trainer, checkpoint: str | None, recipe: Any, m
     Raises:
         ValueError: fewer updates were made than asked for.
     """
-    trainer.checkpoints.settings |= begun_with(recipe, model_config)
+    assert trainer.args.output_dir is not None
+    trainer.checkpoints.settings |= begun_with(recipe, model_config)  # type: ignore[attr-defined]  # all of ours have them
     if trainer.accelerator.is_main_process:
         Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
         write_config(Path(trainer.args.output_dir), recipe, trainer.args, model_config, resumed=checkpoint is not None)
@@ -254,6 +257,7 @@ def train(
     checkpoint: str | None = None,
 ) -> dict:
     """Trains with progress and metrics, evaluates before and after, and writes the run's folder; its summary."""
+    assert trainer.args.output_dir is not None
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity(max(logging.get_verbosity(), logging.WARNING))

@@ -56,12 +56,14 @@ class StopOnSignal(TrainerCallback):
     def leave(self) -> None:
         """Says how to resume, and ends the process."""
         step, folder = self.trainer.state.global_step, self.trainer.args.output_dir
+        assert folder is not None
+        strategy = str(getattr(self.trainer.args.save_strategy, "value", None))
         number = self.received or signal.SIGINT
         whole = whole_checkpoints(folder)
         rest = (
             f"the same command with --resume true resumes from {whole[-1]}"
             if whole
-            else f"it has no checkpoint to resume from (save_strategy={str(self.trainer.args.save_strategy.value)!r})"
+            else f"it has no checkpoint to resume from (save_strategy={strategy!r})"
         )
         if self.trainer.accelerator.is_main_process:
             print(

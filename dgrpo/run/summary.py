@@ -22,6 +22,8 @@ def summary_of(
 ) -> dict:
     """What summary.json holds: accuracy before and after, and what the run took, on what."""
     args = trainer.args
+    assert evaluation.before is not None
+    assert evaluation.after is not None
     return {
         "task": evaluation.task.name,
         "model": model_config.model_name_or_path,
@@ -43,6 +45,8 @@ def summary_of(
 def samples_of(evaluation: HeldOutEvaluation, number: int = 24) -> list[dict]:
     """Held-out problems with the completions before and after training; those whose grade changed come first."""
     before, after = evaluation.before, evaluation.after
+    assert before is not None
+    assert after is not None
     grades = before.scores or before.correct, after.scores or after.correct
     order = sorted(range(before.n), key=lambda k: grades[0][k] == grades[1][k])
     return [
@@ -54,7 +58,7 @@ def samples_of(evaluation: HeldOutEvaluation, number: int = 24) -> list[dict]:
         }
         | (
             {"before_right": before.correct[k], "after_right": after.correct[k]}
-            if before.scores is None
+            if before.scores is None or after.scores is None
             else {"before_score": before.scores[k], "after_score": after.scores[k]}
         )
         for k in order[:number]

@@ -189,8 +189,8 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
                 raise ValueError(
                     f"{name}={value!r} cannot be honoured: rollouts are denoised without vLLM. Remove it."
                 )
-        # TRL's names; TRL takes a truth value for one of them.
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        # TRL's names; TRL takes a truth value for one of them, which its type does not say.
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
@@ -198,6 +198,7 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
             raise ValueError(
                 f"num_generations={self.num_generations}: rewards are compared within a group; set at least 2."
             )
+        assert self.num_generations is not None
         if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size}: what a group shares needs it whole; "
@@ -241,6 +242,8 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     @property
     def prompts_per_rollout(self) -> int:
         """Prompts that one rollout takes, over all processes."""
+        assert self.generation_batch_size is not None
+        assert self.num_generations is not None
         return self.generation_batch_size // self.num_generations
 
     def check_num_prompts(self, num_rows: int) -> None:

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
+from typing import Any
 
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def _configured(function: Callable, args, shared: tuple[str, ...], own: dict | N
 def check_plugins(args) -> None:
     """ValueError where estimator and objective do not go together, or their kwargs name what they do not take."""
     objective = resolve_objective(args.objective)
-    functions = {"objective_kwargs": objective}
+    functions: dict[str, Callable[..., Any]] = {"objective_kwargs": objective}
     if args.estimator is not None:
         functions["estimator_kwargs"] = resolve_estimator(args.estimator)
         check_combination(functions["estimator_kwargs"], objective, {name: getattr(args, name) for name in SHARED})
