@@ -202,8 +202,18 @@ def per_token_logps(
 ) -> Tensor:
     """The estimate of log p(completion_k | prompt), [B, C] float32: the views' weighted sum (see MaskedViews).
 
-    `reduce=None` gives the unweighted log-probabilities of every view, [B, N, C]. `settings` are those of score_views.
-    Prompts are padded on the left, and none is empty where logits are shifted (Dream).
+    Args:
+        model: A mask predictor of `dgrpo.models`.
+        prompt_ids: Token ids [B, P], padded on the left; none is empty where logits are shifted (Dream). Of a block
+            model whole blocks, as in a `Rollout`.
+        prompt_mask: [B, P], False on padding.
+        completion_ids: Token ids [B, C]; of a block model the rollout's `trace_ids()`.
+        views: What is hidden, [B, N, P + C], and what each token weighs, [B, N, C].
+        reduce: None gives the unweighted log-probabilities of every view, [B, N, C].
+        **settings: Those of `score_views` (temperature, views_per_pass, ...).
+
+    Raises:
+        ValueError: Prompts that cannot be scored, or views that score a token which they show.
     """
     if reduce not in ("sum", None):
         raise ValueError(f"reduce={reduce!r}: choose 'sum' (weighted sum over views) or None (all views).")

@@ -37,12 +37,16 @@ def merge_adapters(
 ) -> Path:
     """The folder `output_dir` with the base model into which `adapters` are folded, one after the other.
 
-    adapters: folders or hub names. Several of them: each was trained on the base with those before it folded in; an
-    adapter that another one *went on from* is part of that one already. None of them: a copy of the base, equal in
-    every bit. base: the model that the first adapter names, unless given.
-
     Links in the base's folder are followed within it and into the Hugging Face cache's `blobs`. Other companion files
     that are links are not copied, with a warning: they may point at anything. Weights are read wherever they lie.
+
+    Args:
+        adapters: Folders or hub names. Of several, each was trained on the base with those before it merged; an
+            adapter from which another one was started is part of that one already. Without any: a copy of the base,
+            equal in every bit.
+        output_dir: A folder that is new or empty.
+        base: By default the model that the first adapter names.
+        revision: Of a base on the hub.
     """
     adapters = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if base is None:

@@ -113,14 +113,22 @@ def load_rows(
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out rows {"prompt", "question", columns...} of a task; no `split_key` stands in both.
 
-    dataset: a hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, a
-    part of one or several (`dgrpo.tasks.sources`), or "embedded". Other columns than the task's are kept for rewards.
     Held-out rows come from `eval_dataset` if given, else from the hub's held-out split, else the source is divided: by
     the task's own rule, or a share is held out, which rows depending on nothing but the source. Training rows whose
-    key occurs in any held-out row, of which the first `num_held_out` are returned, are left out, with a count; where
-    `eval_dataset` is `dataset`, all of them.
+    key occurs in any held-out row are skipped and counted; where `eval_dataset` is `dataset`, none may be left.
 
-    Raises ValueError for a file that is missing or rows without the expected fields.
+    Args:
+        task: Where rows come from and how they become prompts.
+        dataset: A hub name (default: the task's own), a local .jsonl, .json, .csv or .parquet file of the same rows, a
+            part of one or several (`dgrpo.tasks.sources`), or "embedded". Other columns are kept for rewards.
+        eval_dataset: Held-out rows, named likewise.
+        num_train: Only so many training rows.
+        num_held_out: Only the first so many held-out rows.
+        instruction: Text before each question, instead of the task's.
+        seed: Of embedded problems.
+
+    Raises:
+        ValueError: A file that is missing, or rows without the expected fields.
     """
     source = dataset or task.hub_name
     if source is None:
