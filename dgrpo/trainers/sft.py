@@ -134,7 +134,7 @@ def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int
             )
         completion_ids = whole[len(prompt_ids) :]
         # The line feed that ChatML's templates write behind the end of a turn is never generated.
-        while tokenizer.eos_token_id in completion_ids and not tokenizer.decode(completion_ids[-1:]).strip():
+        while tokenizer.eos_token_id in completion_ids and not str(tokenizer.decode(completion_ids[-1:])).strip():
             completion_ids.pop()
     if not completion_ids or completion_ids[-1] != tokenizer.eos_token_id:
         completion_ids = [*completion_ids, tokenizer.eos_token_id]
