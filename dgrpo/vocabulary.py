@@ -86,7 +86,9 @@ def spread_beside(logits: Tensor, top: Tensor, probs: Tensor | None = None) -> t
 def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row of a and b [n, V], [n]; a few rows at a time, or all the products would be kept."""
     step = _rows_at_a_time(a)
-    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(step), b.split(step), strict=True)])
+    # Autocast would take the products in 16 bits.
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(step), b.split(step), strict=True)])
 
 
 def _rows_at_a_time(values: Tensor) -> int:

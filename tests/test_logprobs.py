@@ -16,6 +16,7 @@ from dgrpo.logprobs import mean_entropy, per_token_logps, score_views
 from dgrpo.models import ScoringHead, head
 from dgrpo.models.families import FAMILIES
 from dgrpo.views import MaskedViews
+from dgrpo.vocabulary import row_products
 
 COMPLETION = 5
 ROW_BYTES = 4 * VOCAB
@@ -503,3 +504,15 @@ def test_tokens_after_the_end_do_not_leak_into_a_fully_hidden_completion(model, 
     views = shared_views(rollout)
     expected = per_token_logps(model, *inputs(rollout), views)
     assert torch.equal(per_token_logps(model, *inputs(longer), views), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_entropies_are_float32_under_autocast(model, rollout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    views = one_step(rollout, generator=generator, p_mask_prompt=0.0)
+    inputs = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, views
+    a, b = torch.rand(2, 3, 50, generator=generator)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        torch.testing.assert_close(row_products(a, b), (a * b).sum(1))
+        scores = score_views(model, *inputs)
+    assert (scores.logps.dtype, scores.entropies.dtype) == (torch.float32, torch.float32)
