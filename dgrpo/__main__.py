@@ -41,14 +41,14 @@ def watch(arguments: argparse.Namespace) -> None:
     from dgrpo.models import load_model
     from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
     from dgrpo.player.terminal import play
-    from dgrpo.run.steps import CHECKPOINTS, default_to_one_thread
+    from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
     from dgrpo.sampling import SamplerConfig, generate
-    from dgrpo.tasks import EMBEDDED, prompt_messages
+    from dgrpo.tasks import EMBEDDED_MODELS, gsm8k, prompt_messages
 
     name = arguments.model
-    if name == EMBEDDED:
+    if name in EMBEDDED_MODELS:
         default_to_one_thread()
-        name = str(CHECKPOINTS / "gsm8k")
+        name = str(embedded_checkpoint(gsm8k.TASK, name))
     model, tokenizer = load_model(name, arguments.dtype, adapter=arguments.adapter)
     model.to(arguments.device)
     if arguments.rollout:
@@ -132,7 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument(
         "prompt", nargs="?", default="Sue has 3 nuts, buys 12 more and gives away 11. How many nuts are left?"
     )
-    watching.add_argument("--model", default="embedded", help="hub name or folder; 'embedded': the tiny model")
+    watching.add_argument(
+        "--model", default="embedded", help="hub name or folder; 'embedded', 'embedded-block': the tiny models"
+    )
     watching.add_argument("--adapter", help="a trained adapter to put on top")
     watching.add_argument("--rollout", help="a stored rollout to play instead of sampling one")
     watching.add_argument("--save", help="store the rollout in this file")

@@ -32,7 +32,7 @@ from dgrpo.run.allocator import keep_freed_memory
 from dgrpo.run.callbacks import no_bars_without_a_terminal, shows_bars
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
-from dgrpo.tasks import EMBEDDED, TASKS, Task, load_rows
+from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, TASKS, Task, load_rows
 
 PROTOCOLS = ("strict", "d1")
 
@@ -66,7 +66,7 @@ def settings_of_run(chosen: Sequence[Checkpoint]) -> dict[str, Any]:
 
 
 def samplers(
-    arguments: argparse.Namespace, task: Task, embedded: bool, attention_blocks: int | None
+    arguments: argparse.Namespace, task: Task, embedded: str | None, attention_blocks: int | None
 ) -> list[SamplerConfig]:
     """The papers' samplers; the embedded checkpoint is sampled as its recipe trains it.
 
@@ -74,8 +74,8 @@ def samplers(
     """
     recipe = {}
     if embedded:
-        file = Path(__file__).with_name(f"{task.name}.yaml")
-        recipe = yaml.safe_load(file.read_text())
+        files = [Path(__file__).with_name(f"{name}{EMBEDDED_MODELS[embedded]}.yaml") for name in (task.name, "gsm8k")]
+        recipe = yaml.safe_load(next(filter(Path.is_file, files)).read_text())
     configs = []
     for length in arguments.lengths or ([recipe["max_completion_length"]] if embedded else [128, 256, 512]):
         block = arguments.block_length or (None if attention_blocks else min(recipe.get("block_length", 32), length))
@@ -102,10 +102,18 @@ def grade_models(arguments: argparse.Namespace) -> None:
     if state.device.type == "cpu":
         keep_freed_memory()
     task = TASKS[arguments.task]
-    embedded_folder = embedded_checkpoint(task)
-    chosen = checkpoints(arguments.model or [], arguments.adapter or [], embedded_folder)
+    folders = {name: str(embedded_checkpoint(task, name)) for name in EMBEDDED_MODELS}
+    models = [folders.get(model, model) for model in arguments.model or []]
+    chosen = checkpoints(models, arguments.adapter or [], Path(folders[EMBEDDED]))
     run = settings_of_run(chosen)
-    embedded = run.get("model_name_or_path") == EMBEDDED or all(each.model == str(embedded_folder) for each in chosen)
+    embedded = next(
+        (
+            name
+            for name, folder in folders.items()
+            if run.get("model_name_or_path") == name or all(each.model == folder for each in chosen)
+        ),
+        None,
+    )
     if embedded:
         default_to_one_thread()
         run = {"dataset": EMBEDDED, "instruction": ""} | run

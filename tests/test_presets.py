@@ -1,4 +1,4 @@
-"""Every method's preset trains the embedded default under its own YAML."""
+"""Every method's preset trains an embedded model under its own YAML; those of block models the block model."""
 
 import math
 from pathlib import Path
@@ -45,6 +45,8 @@ def test_every_preset_lies_over_every_recipe(recipe, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_trains_five_steps(preset, tmp_path):
     argv = ["--preset", str(preset), "--max_steps", "5", "--output_dir", str(tmp_path), "--report_to", "none"]
+    if preset.stem in BLOCK_PRESETS:
+        argv += ["--config", str(ROOT / "recipes" / "gsm8k_block.yaml")]
     argv += ["--num_train_problems", "64", "--num_eval_problems", "8"]
     argv += ["--per_device_train_batch_size", "16", "--log_completions", "false", *FITTED.get(preset.stem, [])]
     recipe, args, model_config = parse_recipe(

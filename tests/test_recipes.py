@@ -101,6 +101,18 @@ def test_the_main_job_writes_what_it_promises(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_embedded_block_model_trains_and_is_evaluated_as_its_recipe_says(tmp_path):
+    config = ["--config", str(ROOT / "recipes/gsm8k_block.yaml"), "--max_steps", "2"]
+    launch([sys.executable, str(RECIPE), *short(tmp_path), *config])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["steps"], summary["model"], summary["estimator"]) == (2, "embedded-block", "trace")
+    evaluate = [sys.executable, "recipes/evaluate.py", "--task", "gsm8k", "--num_problems", "16"]
+    for model in ("embedded-block", str(tmp_path)):
+        output = launch([*evaluate, "--model", model, "--output_dir", str(tmp_path / "generations")])
+        assert "gsm8k_20_20" in output
+
+
+@pytest.mark.slow
 def test_what_stands_around_the_main_job_runs(tmp_path):
     """Fine-tune, evaluate the adapter, merge it, watch the merged model."""
     adapter, merged = str(tmp_path / "sft"), str(tmp_path / "merged")

@@ -7,11 +7,13 @@ from collections import Counter
 from functools import cache
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dgrpo.models import load_model
 from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.tiny import countdown, problems, sudoku
-from dgrpo.tiny.build import CORPORA, SEED
+from dgrpo.tiny.build import CORPORA, SEED, in_blocks, orthogonal
 from dgrpo.tiny.tokenizer import CHAT_TEMPLATE, FORMAT_TOKENS, build_grid_tokenizer, build_tokenizer
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -372,6 +374,29 @@ def test_the_checkpoints_were_made_with_the_tokenizer_of_today(name):
     longest = max(len(stored(row["completion"][0]["content"])["input_ids"]) for row in corpus.examples(2000, SEED))
     assert longest + 1 == corpus.completion_canvas
     assert stored.decode(stored(text)["input_ids"]) == text
+
+
+def test_the_block_model_reads_as_the_llada_that_it_starts_from_and_loads_with_its_blocks():
+    base, tokenizer = load_model(str(CHECKPOINTS / CORPORA["gsm8k_block"].base))
+    ids = torch.randint(len(tokenizer), (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # One block that holds the whole text is full attention.
+        torch.testing.assert_close(in_blocks(base, 24)(input_ids=ids).logits, base(input_ids=ids).logits)
+    model, same = load_model(str(CHECKPOINTS / "gsm8k_block"))
+    assert model.block_length == CORPORA["gsm8k_block"].block_length == 4
+    assert same.get_vocab() == tokenizer.get_vocab()
+    assert same.chat_template == CHAT_TEMPLATE
+
+
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_their_vectors():
+    matrices = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    for given in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonal(given))
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+        # With given = U S V' and its image U T V', the product U S T U' is symmetric.
+        symmetric = given @ orthogonal(given).mT
+        torch.testing.assert_close(symmetric, symmetric.mT, atol=1e-3, rtol=1e-3)
 
 
 def test_countdown_gold_is_right_over_the_whole_space_and_the_split_covers_it():

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from dgrpo.report.metrics import figure_of
 from dgrpo.report.run_folder import method_of, read_config, read_summary
-from dgrpo.tasks import EMBEDDED
+from dgrpo.tasks import EMBEDDED_MODELS
 
 # What decides what a run learns, in the order of the card; whatever else was set is in config.yaml.
 _SETTINGS = {
@@ -54,7 +54,7 @@ def model_card(folder: str | Path, *, merged: bool = False, method: str = "fine-
     config, summary = read_config(folder)[1], read_summary(folder)
     adapter = json.loads(file.read_text()) if (file := folder / "adapter_config.json").is_file() else None
     model = str(config.get("model_name_or_path") or (adapter or {}).get("base_model_name_or_path") or "unknown")
-    embedded, rewards = model == EMBEDDED, config.get("reward_funcs") or []
+    embedded, rewards = model in EMBEDDED_MODELS, config.get("reward_funcs") or []
     kind = "adapter" if adapter is not None and not merged else "model"
     method = method_of(config, summary) if rewards else method
     data = config.get("dataset") or (f"the task's own ({summary['task']})" if summary.get("task") else "not recorded")
@@ -99,9 +99,10 @@ def _results(summary: dict[str, Any]) -> list[str]:
 
 
 def _usage(kind: str, model: str) -> list[str]:
-    base = 'str(CHECKPOINTS / "gsm8k")' if model == EMBEDDED else repr(model)
+    embedded = model in EMBEDDED_MODELS
+    base = f'str(CHECKPOINTS / "gsm8k{EMBEDDED_MODELS[model]}")' if embedded else repr(model)
     lines = ["```python", "from dgrpo import load_model"]
-    lines += ["from dgrpo.run import CHECKPOINTS"] if model == EMBEDDED and kind == "adapter" else []
+    lines += ["from dgrpo.run import CHECKPOINTS"] if embedded and kind == "adapter" else []
     call = (
         f'load_model({base}, adapter="FOLDER OR HUB NAME")'
         if kind == "adapter"

@@ -32,7 +32,7 @@ from dgrpo.run.settings import RecipeConfig, parse_recipe
 from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.sampling import Rollout, SamplerConfig
 from dgrpo.sampling.draw import MAX_DRAW_BYTES
-from dgrpo.tasks import EMBEDDED
+from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS
 from dgrpo.trainers import DiffuGRPOConfig
 from dgrpo.trainers.plugins import configured_estimator
 from dgrpo.views import draw_views
@@ -83,8 +83,8 @@ SHAPES: list[tuple[str, str, dict[str, Any]]] = [
 
 def model_configuration(name: str) -> tuple[Any, Any]:
     """(family, configuration) of a folder with a config.json, or of a known name; ValueError for another."""
-    if name == EMBEDDED:
-        name = str(CHECKPOINTS / "gsm8k")
+    if name in EMBEDDED_MODELS:
+        name = str(CHECKPOINTS / f"gsm8k{EMBEDDED_MODELS[name]}")
     if Path(name).is_dir():
         return family_of(name), load_config(name)
     for pattern, key, changes in SHAPES:

@@ -39,7 +39,7 @@ from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_con
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
 from dgrpo.run.validate import validated
-from dgrpo.tasks import EMBEDDED, Task, load_rows
+from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.checks import check_blocks
 from dgrpo.trainers.plugins import configured_estimator, resolve_reward
@@ -54,10 +54,10 @@ CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 
-def embedded_checkpoint(task: Task) -> Path:
-    """The tiny model that comes with the package for a task; that of gsm8k where the task has none of its own."""
-    own = CHECKPOINTS / task.name
-    return own if own.is_dir() else CHECKPOINTS / "gsm8k"
+def embedded_checkpoint(task: Task, name: str = EMBEDDED) -> Path:
+    """The tiny model of this name for a task; that of gsm8k where the task has none of its own."""
+    own, default = (CHECKPOINTS / f"{each}{EMBEDDED_MODELS[name]}" for each in (task.name, "gsm8k"))
+    return own if own.is_dir() else default
 
 
 def default_to_one_thread() -> None:
@@ -76,8 +76,8 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         if (value := getattr(model_config, name)) != ModelConfig.__dataclass_fields__[name].default:
             raise ValueError(f"{name}={value!r} is not read: load_in_4bit takes NF4, quantized twice. Remove it.")
     name = model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
-    if name == EMBEDDED:
-        name = str(embedded_checkpoint(task))
+    if name in EMBEDDED_MODELS:
+        name = str(embedded_checkpoint(task, name))
         default_to_one_thread()
     if args.device.type == "cpu":
         keep_freed_memory()

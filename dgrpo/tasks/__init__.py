@@ -4,7 +4,7 @@ import importlib
 
 from dgrpo.tasks import countdown, gsm8k, math500, programs, sudoku
 from dgrpo.tasks.sources import read_rows
-from dgrpo.tasks.task import EMBEDDED, Task, load_rows, prompt_messages
+from dgrpo.tasks.task import EMBEDDED, EMBEDDED_MODELS, Task, load_rows, prompt_messages
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (gsm8k.TASK, math500.TASK, countdown.TASK, sudoku.TASK, programs.TASK)
@@ -27,4 +27,4 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["EMBEDDED", "TASKS", "Task", "find_task", "load_rows", "prompt_messages", "read_rows"]
+__all__ = ["EMBEDDED", "EMBEDDED_MODELS", "TASKS", "Task", "find_task", "load_rows", "prompt_messages", "read_rows"]

@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 # What --dataset says for the generated problems that the embedded default trains on.
 EMBEDDED = "embedded"
+# What --model_name_or_path says for the tiny models that come with the package, a LLaDA and a block model. Folders of
+# their checkpoints, and files of their recipes, are called by the task and these endings.
+EMBEDDED_MODELS = {EMBEDDED: "", "embedded-block": "_block"}
 
 # Columns of a file that the prompt takes the place of, or that TRL would read as images.
 _NOT_FOR_REWARDS = ("prompt", "completion", "image", "images")

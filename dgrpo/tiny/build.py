@@ -1,7 +1,8 @@
 """Makes an embedded default's checkpoint: `python -m dgrpo.tiny.build TASK --output_dir DIR [--seed S]`.
 
-Supervised training of a tiny LLaDA on a designed corpus, in minutes on two cores. The result is a folder in LLaDA's
-published layout (float16 safetensors) that the recipes load like any other checkpoint.
+Supervised training of a tiny LLaDA on a designed corpus, in minutes on two cores; the block model starts from the
+weights of one, converted to attend block by block. The result is a folder in the family's published layout (float16
+safetensors) that the recipes load like any other checkpoint.
 """
 
 import argparse
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerFast, get_cosine_with_min_lr_schedule_with_warmup
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils import logging
 
+from dgrpo.models import load_model
+from dgrpo.models.converted import A2DLlamaLMHeadModel, ConvertedLlamaConfig
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.tiny import countdown, problems, sudoku
 from dgrpo.tiny.tokenizer import build_grid_tokenizer, build_tokenizer
@@ -28,6 +31,7 @@ class Corpus:
 
     examples: Callable[[int, int], list[dict]]
     num_examples: int
+    # Completions are filled up to so many tokens with EOS; 0: the end is learned where a block model fills its block.
     completion_canvas: int
     steps: int
     width: int
@@ -36,11 +40,28 @@ class Corpus:
     # The learning rate falls over so many steps (None: `steps`). A run that stops half-way leaves weights that a small
     # step still improves; where the rate had come down, steps of the same length along the policy gradient did harm.
     schedule_steps: int | None = None
+    # A block model: the embedded LLaDA whose weights and tokenizer it starts from, and the tokens in a block.
+    base: str | None = None
+    block_length: int | None = None
+    lr: float = 3e-3
+    warmup: int = 100
 
 
 SEED = 11
 CORPORA = {
     "gsm8k": Corpus(problems.sft_examples, num_examples=38400, completion_canvas=16, steps=2400, width=96, mlp=256),
+    "gsm8k_block": Corpus(
+        partial(problems.sft_examples, reasoning_share=0.35),
+        num_examples=12800,
+        completion_canvas=0,
+        steps=350,
+        width=96,
+        mlp=256,
+        base="gsm8k",
+        block_length=4,
+        lr=2e-3,
+        warmup=20,
+    ),
     "sudoku": Corpus(
         sudoku.sft_examples,
         num_examples=32000,
@@ -63,30 +84,48 @@ CORPORA = {
 }
 
 
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Muon's five Newton-Schulz iterations on matrices [N, H, W], in float32.
+
+    torch.optim.Muon iterates in bfloat16, which a CPU without it computes some fifty times slower.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.mT if is_tall else x
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon on the matrices of the layers, AdamW on everything else, behind one list of parameter groups."""
 
     def __init__(self, model: nn.Module, lr: float):
-        is_matrix = {name: "blocks" in name and p.dim() == 2 for name, p in model.named_parameters()}
+        is_matrix = {
+            name: p.dim() == 2 and ("blocks" in name or "layers" in name) for name, p in model.named_parameters()
+        }
         matrices = [p for name, p in model.named_parameters() if is_matrix[name]]
         others = [p for name, p in model.named_parameters() if not is_matrix[name]]
-        self.parts = [
-            torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
-        ]
+        self.shapes = {p.shape: [q for q in matrices if q.shape == p.shape] for p in matrices}
+        self.momentum = {shape: torch.zeros(len(same), *shape) for shape, same in self.shapes.items()}
+        self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
 
+    @torch.no_grad()
     def step(self, closure=None):
-        for group, part in zip(self.param_groups, self.parts, strict=True):
-            part.param_groups[0]["lr"] = group["lr"]
-            part.step()
+        lr = self.param_groups[0]["lr"]
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
+        for shape, parameters in self.shapes.items():
+            gradient = torch.stack([p.grad for p in parameters])
+            self.momentum[shape].lerp_(gradient, 0.05)
+            update = orthogonal(gradient.lerp(self.momentum[shape], 0.95))
+            torch._foreach_add_(parameters, list(update), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
-def build(corpus: Corpus, output_dir: Path, seed: int) -> None:
-    """Trains from scratch and writes the checkpoint folder."""
-    rows = corpus.examples(corpus.num_examples, seed)
-    questions = [row["prompt"][0]["content"] for row in rows[:4000]]
-    tokenizer = corpus.tokenizer(questions)
+def from_scratch(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> LLaDAModelLM:
+    """A LLaDA of the corpus's size with random weights."""
     config = LLaDAConfig(
         d_model=corpus.width,
         n_heads=4,
@@ -101,11 +140,71 @@ def build(corpus: Corpus, output_dir: Path, seed: int) -> None:
         pad_token_id=tokenizer.pad_token_id,
         architectures=["LLaDAModelLM"],
     )
+    return LLaDAModelLM(config)
+
+
+# What a LLaDA's parameters are called in a Llama, whose arithmetic is the same.
+_LLAMA_NAMES = {
+    "model.transformer.wte": "model.embed_tokens",
+    "model.transformer.blocks": "model.layers",
+    "model.transformer.ln_f": "model.norm",
+    "model.transformer.ff_out": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+
+
+def in_blocks(base: LLaDAModelLM, block_length: int) -> A2DLlamaLMHeadModel:
+    """A LLaDA's weights in a Llama that attends block by block and predicts each token in its place."""
+    old = base.config
+    config = ConvertedLlamaConfig(
+        hidden_size=old.d_model,
+        num_attention_heads=old.n_heads,
+        num_key_value_heads=old.n_kv_heads,
+        num_hidden_layers=old.n_layers,
+        intermediate_size=old.mlp_hidden_size,
+        vocab_size=old.vocab_size,
+        max_position_embeddings=old.max_sequence_length,
+        rms_norm_eps=old.rms_norm_eps,
+        rope_theta=old.rope_theta,
+        mask_token_id=old.mask_token_id,
+        eos_token_id=old.eos_token_id,
+        pad_token_id=old.pad_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        block_length=block_length,
+        architectures=["A2DLlamaLMHeadModel"],
+    )
+    model, weights = A2DLlamaLMHeadModel(config), {}
+    for name, weight in base.state_dict().items():
+        for llada, llama in _LLAMA_NAMES.items():
+            name = name.replace(f"{llada}.", f"{llama}.", 1) if llama not in name else name
+        weights[name] = weight
+    model.load_state_dict(weights)
+    return model
+
+
+def build(corpus: Corpus, output_dir: Path, seed: int) -> None:
+    """Trains from scratch and writes the checkpoint folder."""
+    rows = corpus.examples(corpus.num_examples, seed)
+    questions = [row["prompt"][0]["content"] for row in rows[:4000]]
     torch.manual_seed(seed)
-    model = LLaDAModelLM(config)
-    optimizer = MuonWithAdamW(model, lr=3e-3)
+    if corpus.base is None:
+        tokenizer = corpus.tokenizer(questions)
+        model: PreTrainedModel = from_scratch(corpus, tokenizer)
+    else:
+        base, tokenizer = load_model(str(Path(__file__).with_name("checkpoint") / corpus.base))
+        model = in_blocks(base, corpus.block_length)
+    optimizer = MuonWithAdamW(model, lr=corpus.lr)
     schedule_steps = corpus.schedule_steps or corpus.steps
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 100, schedule_steps, min_lr_rate=0.05)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, corpus.warmup, schedule_steps, min_lr_rate=0.05)
     args = MaskedSFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=64,
