@@ -89,6 +89,7 @@ def samplers(
                 arguments.temperature,
                 threshold=arguments.threshold,
                 sampler_policy=arguments.sampler_policy,
+                sampler_policy_kwargs=arguments.sampler_policy_kwargs,
             )
         )
     return configs
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
     parser.add_argument("--sampler_policy", help="What a denoising step writes: package.module:function.")
+    parser.add_argument("--sampler_policy_kwargs", type=json.loads, help="Settings of the policy, as JSON.")
     parser.add_argument("--samples", type=int, default=1, help="Completions of each problem; above 1: pass@k.")
     parser.add_argument(
         "--select",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pkgutil import resolve_name
 from typing import Any, Literal, get_args
@@ -63,6 +64,7 @@ class SamplerConfig:
     # What a step writes: a function (sight, budget, config) -> ids, itself or as package.module:function (see
     # `dgrpo.sampling.policy`); None: `commit`, by the settings above. It has `diffusion_steps` steps, rules or not.
     sampler_policy: str | Callable | None = None
+    sampler_policy_kwargs: dict | None = None
 
     def __post_init__(self):
         refuse = self._refuse
@@ -113,9 +115,13 @@ class SamplerConfig:
                     raise TypeError(f"{self.policy!r} is no function")
                 inspect.signature(self.policy).bind("sight", "budget", "config")
             except (ImportError, AttributeError, ValueError, TypeError) as error:
+                kwargs = f", **{self.sampler_policy_kwargs}" if self.sampler_policy_kwargs else ""
                 refuse(
-                    "sampler_policy", f"name a function (sight, budget, config) as package.module:function; {error}."
+                    "sampler_policy",
+                    f"name a function (sight, budget, config{kwargs}) as package.module:function; {error}.",
                 )
+        elif self.sampler_policy_kwargs:
+            refuse("sampler_policy_kwargs", "needs a sampler_policy that takes them.")
 
     def _refuse(self, field: str, remedy: str):
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -153,8 +159,14 @@ class SamplerConfig:
 
     @property
     def policy(self) -> Callable | None:
-        """The function that `sampler_policy` names."""
-        return resolve_name(self.sampler_policy) if isinstance(self.sampler_policy, str) else self.sampler_policy
+        """The function that `sampler_policy` names, with its settings."""
+        policy: Any = self.sampler_policy
+        policy = resolve_name(policy) if isinstance(policy, str) else policy
+        if not self.sampler_policy_kwargs or not callable(policy):
+            return policy
+        bound = partial(policy, **self.sampler_policy_kwargs)
+        vars(bound).update(getattr(policy, "__dict__", {}))
+        return bound
 
     @property
     def num_blocks(self) -> int:
@@ -164,7 +176,9 @@ class SamplerConfig:
 
     def exact(self) -> "SamplerConfig":
         """The same sampler without approximations."""
-        off: dict[str, Any] = dict.fromkeys(("cache", "cache_refresh", *RULES, "sampler_policy"))
+        off: dict[str, Any] = dict.fromkeys(
+            ("cache", "cache_refresh", *RULES, "sampler_policy", "sampler_policy_kwargs")
+        )
         return replace(self, **off, min_commit=1)
 
     @property

@@ -61,6 +61,7 @@ class Denoiser:
         self.block_length = config.block_length
         self.policy = config.policy or commit
         self.revises = getattr(self.policy, "revises", True)
+        self.persists = getattr(self.policy, "persists", False)
         self.canvas, self.all_keys = canvas, keys
         completion_mask = prompt_mask.new_ones(len(canvas), config.max_completion_length)
         self.all_visible = None if prompt_mask.all() else torch.cat([prompt_mask, completion_mask], 1)
@@ -182,11 +183,12 @@ class Denoiser:
             end_ids=self.end_ids,
         )
         may_change = is_open
+        if self.policy is not commit:
+            sight = sight._replace(noise=uniform(self.keys, number + _POLICY_STREAM, columns))
         if self.revises:
             place = self.rows[:, None], columns
             may_change = ~self.given[place]
-            own_noise = uniform(self.keys, number + _POLICY_STREAM, columns)
-            sight = sight._replace(confidence=self.confidence[place], noise=own_noise)
+            sight = sight._replace(confidence=self.confidence[place], given=~may_change)
         after = self.policy(sight, budget, config)
         if self.policy is not commit:
             self._check(after, sight)
@@ -196,7 +198,7 @@ class Denoiser:
         changed = after != before
         self.ids.scatter_(1, at, after)
         if self.revises:
-            self.restless = changed.any(1)
+            self.restless = (changed.any(1) | self.persists) & may_change.any(1)
             kept = self.confidence[place].where(~changed, probs)
             self.confidence[place] = kept.where(after != self.mask_token_id, 0.0)
         self.log.append((self.rows, columns, torch.where(changed, number, -1), after, probs, entropy))

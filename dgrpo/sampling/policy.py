@@ -6,7 +6,8 @@ step: a drawn token where it writes, [MASK] where it hides a token again, all el
 and finished blocks are out of its reach; the last step of a block fills what is still open.
 
 A policy with the attribute `revises = False` is shown open positions only and is done with a row once they are filled.
-Any other is shown the whole block, and asked again until a step leaves a full block as it was.
+Any other is shown the whole block, and asked again until a step leaves a full block as it was, or with
+`persists = True` in each of the block's steps. Further parameters are given by `sampler_policy_kwargs`.
 
 Shapes: b rows at work, n positions of the current block.
 """
@@ -37,10 +38,11 @@ class Sight(NamedTuple):
     num_steps: int  # that a block may take
     mask_token_id: int
     end_ids: Tensor  # [k] tokens that end a completion
+    noise: Tensor | None = None  # uniform, a function of (row, step, position); None for `commit`
     # For policies that revise, else None: the probability of a shown token when it was written (1 given, 0 open), and
-    # uniform noise that is a function of (row, step, position).
+    # which tokens were given.
     confidence: Tensor | None = None
-    noise: Tensor | None = None
+    given: Tensor | None = None
 
 
 def commit(sight: Sight, budget: Tensor | None, config: SamplerConfig) -> Tensor:

@@ -97,6 +97,7 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     sampler_policy: str | None = field(
         default=None, metadata={"help": "What a denoising step writes: package.module:function; None: as set above."}
     )
+    sampler_policy_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the policy."})
     merge_adapter_for_rollouts: bool = field(
         default=False,
         metadata={"help": "Fold the adapter into the base weights while rollouts are sampled; takes a copy of them."},
@@ -175,7 +176,12 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     )
     stop_on_collapse: bool = field(default=False, metadata={"help": "End the run there instead of a warning."})
 
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs", "objective_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "estimator_kwargs",
+        "objective_kwargs",
+        "sampler_policy_kwargs",
+    ]
 
     def __post_init__(self):
         check_ranges(self)
