@@ -10,11 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 from transformers.utils import logging
 
 from dgrpo.models import load_model
@@ -118,13 +124,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         for shape, parameters in self.shapes.items():
-            gradient = torch.stack([p.grad for p in parameters])
+            gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
             self.momentum[shape].lerp_(gradient, 0.05)
             update = orthogonal(gradient.lerp(self.momentum[shape], 0.95))
-            torch._foreach_add_(parameters, list(update), alpha=-lr * 0.2 * max(shape) ** 0.5)
+            torch._foreach_add_(list[torch.Tensor](parameters), list(update), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
-def from_scratch(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> LLaDAModelLM:
+def from_scratch(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
     """A LLaDA of the corpus's size with random weights."""
     config = LLaDAConfig(
         d_model=corpus.width,
@@ -161,7 +167,7 @@ _LLAMA_NAMES = {
 }
 
 
-def in_blocks(base: LLaDAModelLM, block_length: int) -> A2DLlamaLMHeadModel:
+def in_blocks(base: Any, block_length: int | None) -> A2DLlamaLMHeadModel:
     """A LLaDA's weights in a Llama that attends block by block and predicts each token in its place."""
     old = base.config
     config = ConvertedLlamaConfig(
@@ -173,7 +179,7 @@ def in_blocks(base: LLaDAModelLM, block_length: int) -> A2DLlamaLMHeadModel:
         vocab_size=old.vocab_size,
         max_position_embeddings=old.max_sequence_length,
         rms_norm_eps=old.rms_norm_eps,
-        rope_theta=old.rope_theta,
+        rope_theta=old.rope_theta,  # type: ignore[call-arg]  # read from the keyword arguments
         mask_token_id=old.mask_token_id,
         eos_token_id=old.eos_token_id,
         pad_token_id=old.pad_token_id,
@@ -197,7 +203,7 @@ def build(corpus: Corpus, output_dir: Path, seed: int) -> None:
     questions = [row["prompt"][0]["content"] for row in rows[:4000]]
     torch.manual_seed(seed)
     if corpus.base is None:
-        tokenizer = corpus.tokenizer(questions)
+        tokenizer: PreTrainedTokenizerBase = corpus.tokenizer(questions)
         model: PreTrainedModel = from_scratch(corpus, tokenizer)
     else:
         base, tokenizer = load_model(str(Path(__file__).with_name("checkpoint") / corpus.base))
