@@ -4,12 +4,14 @@
   dgrpo report runs/gsm8k               writes runs/gsm8k/report.html: curves, and completions worth reading
   dgrpo evaluate --task gsm8k --adapter none runs/gsm8k      accuracy before and after
   dgrpo watch --adapter runs/gsm8k      plays how an answer is denoised
+  dgrpo chat --adapter runs/gsm8k       answers what you type; `dgrpo generate` answers a file of prompts
   dgrpo plan --config gsm8k_llada_8b    what a run will cost on a GPU, before it is rented
 
 `dgrpo COMMAND --help` says more. On several GPUs: `accelerate launch --config_file FILE -m dgrpo train ...`.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -33,35 +35,55 @@ docs/settings.md says which ones matter.
 """
 
 
+def loaded(arguments: argparse.Namespace) -> tuple:
+    """The model that the arguments name, with its tokenizer, on its device."""
+    from dgrpo.evaluation.checkpoints import NO_ADAPTER, checkpoints
+    from dgrpo.models import load_model
+    from dgrpo.run.callbacks import no_bars_without_a_terminal
+    from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
+    from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, gsm8k
+
+    no_bars_without_a_terminal()
+    folders = {name: embedded_checkpoint(gsm8k.TASK, name) for name in EMBEDDED_MODELS}
+    models = [str(folders.get(arguments.model, arguments.model))] if arguments.model else []
+    adapters = [arguments.adapter] if arguments.adapter not in (None, NO_ADAPTER) else []
+    [chosen] = checkpoints(models, adapters, folders[EMBEDDED])
+    if embedded := Path(chosen.model).parent in {folder.parent for folder in folders.values()}:
+        default_to_one_thread()
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    model, tokenizer = load_model(chosen.model, dtype, adapter=chosen.adapter)
+    # The embedded models are trained on canvases of this length.
+    arguments.max_completion_length = arguments.max_completion_length or (16 if embedded else 128)
+    return model.to(arguments.device), tokenizer
+
+
+def sampler(arguments: argparse.Namespace):
+    """The sampler that the arguments describe; call it when the model is loaded."""
+    from dgrpo.sampling import SamplerConfig
+
+    arguments.diffusion_steps = arguments.diffusion_steps or arguments.max_completion_length
+    return SamplerConfig(**{name: getattr(arguments, name) for name in SamplerConfig.__dataclass_fields__})
+
+
 def watch(arguments: argparse.Namespace) -> None:
     """Plays the denoising of one prompt in the terminal, or writes it as a page or an image."""
     import torch
 
     from dgrpo.evaluation.answers import as_in_training, encode_prompts
-    from dgrpo.models import load_model
     from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
     from dgrpo.player.terminal import play
-    from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
-    from dgrpo.sampling import SamplerConfig, generate
-    from dgrpo.tasks import EMBEDDED_MODELS, gsm8k, prompt_messages
+    from dgrpo.sampling import generate
+    from dgrpo.tasks import prompt_messages
 
-    name = arguments.model
-    if name in EMBEDDED_MODELS:
-        default_to_one_thread()
-        name = str(embedded_checkpoint(gsm8k.TASK, name))
-    model, tokenizer = load_model(name, arguments.dtype, adapter=arguments.adapter)
-    model.to(arguments.device)
+    model, tokenizer = loaded(arguments)
     if arguments.rollout:
         rollout = load_rollout(arguments.rollout)
     else:
         messages = prompt_messages(arguments.prompt, "")
         prompt_ids, prompt_mask = encode_prompts(tokenizer, [messages], torch.device(arguments.device))
-        steps = arguments.steps or arguments.length
-        block_length = arguments.block_length or (arguments.length if model.block_length is None else None)
-        config = SamplerConfig(arguments.length, block_length, steps, arguments.temperature)
         generator = torch.Generator().manual_seed(arguments.seed)
         with as_in_training(model):
-            rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator)
+            rollout = generate(model, prompt_ids, prompt_mask, sampler(arguments), generator=generator)
     if arguments.save:
         save_rollout(arguments.save, rollout)
     if arguments.html:
@@ -70,6 +92,64 @@ def watch(arguments: argparse.Namespace) -> None:
         print(write_gif(arguments.gif, rollout, tokenizer, block_length=arguments.block_length))
     if not (arguments.html or arguments.gif):
         play(rollout, tokenizer, steps_per_second=arguments.speed, block_length=arguments.block_length)
+
+
+def chat(arguments: argparse.Namespace) -> None:
+    """Answers what is typed, line after line."""
+    from dgrpo.player.chat import chat
+
+    model, tokenizer = loaded(arguments)
+    chat(
+        model,
+        tokenizer,
+        sampler(arguments),
+        system_prompt=arguments.system_prompt,
+        seed=arguments.seed,
+        steps_per_second=arguments.speed,
+        template_settings=arguments.chat_template_kwargs,
+    )
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Answers the prompts of a file, or of standard input, as JSON lines."""
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from dgrpo.evaluation.files import fingerprint
+    from dgrpo.evaluation.generation import Output, complete, output_settings, prompt_rows
+    from dgrpo.tasks.columns import PromptColumns
+
+    if arguments.samples > 1 and not arguments.temperature:
+        raise ValueError("temperature=0.0 gives the same completion in every sample; set --temperature above 0.")
+    columns = PromptColumns(arguments.prompt_column, arguments.system_prompt, arguments.prompt_format)
+    rows = prompt_rows(arguments.prompts)
+    model, tokenizer = loaded(arguments)
+    config = sampler(arguments)
+    settings = output_settings(
+        rows,
+        model=fingerprint(model.config.name_or_path),
+        adapter=arguments.adapter and fingerprint(arguments.adapter),
+        sampler=asdict(config),
+        columns=asdict(columns),
+        **{name: getattr(arguments, name) for name in ("seed", "dtype", "samples", "chat_template_kwargs")},
+    )
+    output = Output(arguments.output, settings, resume=arguments.resume)
+    total = len(rows) * arguments.samples
+    with tqdm(total=total, unit="completion", disable=not (arguments.output and sys.stderr.isatty())) as bar:
+        complete(
+            model,
+            tokenizer,
+            rows,
+            columns,
+            config,
+            output,
+            num_samples=arguments.samples,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            template_settings=arguments.chat_template_kwargs,
+            on_batch=bar.update,
+        )
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -98,18 +178,83 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def check_rows(arguments: argparse.Namespace) -> None:
     """Puts the references of a dataset's training rows through rewards and says how many pass."""
+    from dgrpo.run.own_data import parse_own_data
     from dgrpo.run.validate import validate
     from dgrpo.tasks import find_task, load_rows
     from dgrpo.trainers.plugins import resolve_reward
     from dgrpo.trainers.rewards import check_columns
 
     sys.path.append("")
-    task = find_task(arguments.task)
-    rows, _ = load_rows(task, arguments.dataset, num_train=arguments.num_train_problems)
-    rewards = [resolve_reward(name) for name in arguments.reward_funcs or []] or [task.grade]
+    names, dataset = arguments.reward_funcs or [], arguments.dataset
+    if arguments.task == "grpo":
+        settings = [*arguments.settings, *(["--dataset", dataset] if dataset else [])]
+        recipe, task = parse_own_data(
+            str(RECIPES / "grpo.py"), [*settings, *(["--reward_funcs", *names] if names else [])]
+        )
+        names, dataset = recipe.reward_funcs, recipe.dataset
+    else:
+        task = find_task(arguments.task)
+    rows, _ = load_rows(task, dataset, num_train=arguments.num_train_problems)
+    rewards = [resolve_reward(name) for name in names] or [task.grade]
     check_columns(rewards, rows.column_names)
     result = validate(rows, rewards, task, file=arguments.left_out)
     print(f"{result}{f'; see {arguments.left_out}' if result.left_out else ''}")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def add_conversation(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how a prompt is put to the model."""
+    parser.add_argument("--system_prompt", help="system message of each conversation that has none")
+    parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model and describe its sampler: the fields of `SamplerConfig`."""
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        help="hub name or folder; default: what the adapter was trained on, or the tiny 'embedded' ('embedded-block')",
+    )
+    add("--adapter", help="a trained adapter to put on top")
+    add("--dtype", help="of the weights; default: float32 on a CPU, else bfloat16")
+    add("--device", default="cpu", help="cpu or cuda")
+    add = parser.add_argument_group("sampler").add_argument
+    tokens = "tokens of the completion; default: 128, of the embedded models 16"
+    add("--max_completion_length", "--length", type=positive, help=tokens)
+    add("--block_length", type=positive, help="tokens of a block; default: the model's own, or at most 32")
+    add("--diffusion_steps", "--steps", type=positive, help="denoising steps; default: one for each token")
+    add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    add("--seed", type=int, default=0, help="of the noise at a temperature above 0")
+    add("--top_k", type=int, default=0, help="draw from the k most likely words; 0: all")
+    add("--top_p", type=float, default=1.0, help="draw from the fewest words with this share; 1: all")
+    add(
+        "--remasking", default="low_confidence", help="order: low_confidence, random, entropy, topk_margin, sequential"
+    )
+    add("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; 0: off")
+    add("--stop_at_eos", type=yes_or_no, default=True, help="stop behind the block in which a completion ends")
+    add("--logits_eos_inf", type=yes_or_no, default=False, help="never draw the end of text")
+    add("--confidence_eos_eot_inf", type=yes_or_no, default=False, help="commit a block's end-of-text tokens last")
+    add("--cache", choices=["prefix", "dual", "recompute"], help="prefix, dual: approximate, faster (full attention)")
+    add("--cache_refresh", type=int, help="steps between refreshes of that cache; default: each block")
+    add("--threshold", type=float, help="commit every token at least this probable in a step")
+    add("--factor", type=float, help="Fast-dLLM's rule on sorted confidences")
+    add("--entropy_bound", type=float, help="EB-Sampler's bound in nats")
+    add("--entropy_sum", type=float, help="SDAR's sum of entropies in nats")
+    add("--min_commit", type=int, default=1, help="with one of these four rules: at least so many tokens a step")
+    add("--sampler_policy", help="what a step writes: package.module:function")
+
+
+def yes_or_no(text: str) -> bool:
+    """A truth value as settings of `dgrpo train` are written."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,26 +277,47 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument(
         "prompt", nargs="?", default="Sue has 3 nuts, buys 12 more and gives away 11. How many nuts are left?"
     )
-    watching.add_argument(
-        "--model", default="embedded", help="hub name or folder; 'embedded', 'embedded-block': the tiny models"
-    )
-    watching.add_argument("--adapter", help="a trained adapter to put on top")
     watching.add_argument("--rollout", help="a stored rollout to play instead of sampling one")
     watching.add_argument("--save", help="store the rollout in this file")
     watching.add_argument("--html", help="write a self-contained page with a slider over the steps")
     watching.add_argument("--gif", help="write an animated image")
-    watching.add_argument("--length", type=int, default=16, help="tokens of the completion")
-    watching.add_argument("--block_length", type=int, help="tokens of a block; default: the model's own, or one block")
-    watching.add_argument("--steps", type=int, help="denoising steps; default: one for each token")
-    watching.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     watching.add_argument("--speed", type=float, default=8.0, help="steps a second")
-    watching.add_argument("--seed", type=int, default=0, help="of the noise at a temperature above 0")
-    watching.add_argument("--dtype", default="float32", help="of the weights; bfloat16 on a GPU")
-    watching.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_sampling(watching)
     watching.set_defaults(run=watch)
 
+    generating = commands.add_parser(
+        "generate", allow_abbrev=False, help="answer the prompts of a file, as JSON lines"
+    )
+    generating.add_argument(
+        "prompts",
+        nargs="?",
+        default="-",
+        help="text (a prompt a line), JSON lines or a dataset; default: standard input",
+    )
+    generating.add_argument("--output", help="file of JSON lines to write; default: standard output")
+    generating.add_argument("--resume", action="store_true", help="continue the file where a run was cut off")
+    generating.add_argument("--samples", type=positive, default=1, help="completions of each prompt")
+    generating.add_argument("--batch_size", type=positive, default=16, help="completions sampled at a time")
+    generating.add_argument("--prompt_column", help="field with a text or messages; default: prompt, or messages")
+    generating.add_argument(
+        "--prompt_format", choices=["chat", "plain"], default="chat", help="plain: texts without the chat template"
+    )
+    add_conversation(generating)
+    add_sampling(generating)
+    generating.set_defaults(run=generate)
+
+    chatting = commands.add_parser("chat", allow_abbrev=False, help="talk with a model, and watch it write")
+    chatting.add_argument("--speed", type=float, default=8.0, help="steps a second of what is played")
+    add_conversation(chatting)
+    add_sampling(chatting)
+    chatting.set_defaults(run=chat)
+
     checking = commands.add_parser("validate", help="check that each row's reference scores 1, without training")
-    checking.add_argument("--task", required=True, help="a task's name, or package.module:TASK")
+    checking.add_argument(
+        "--task",
+        required=True,
+        help="a task's name, or package.module:TASK; of 'grpo' further settings are those of `dgrpo train grpo`",
+    )
     checking.add_argument("--dataset", help="as of `dgrpo train`; default: the task's own")
     checking.add_argument("--reward_funcs", nargs="+", help="default: the task's own grader")
     checking.add_argument("--num_train_problems", type=int, help="check only so many rows")
@@ -205,9 +371,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             parser = build_parser()
             arguments, settings = parser.parse_known_args(argv)
-            if settings and arguments.command != "plan":
+            checks_own_data = arguments.command == "validate" and arguments.task == "grpo"
+            with_settings = arguments.command == "plan" or checks_own_data
+            if settings and not with_settings:
                 parser.error(f"unrecognized arguments: {' '.join(settings)}")
-            if arguments.command == "plan":
+            if with_settings:
                 arguments.settings = settings
             arguments.run(arguments)
 

@@ -30,6 +30,7 @@ from dgrpo.models.loading import load_config
 from dgrpo.report.run_folder import read_config
 from dgrpo.run.allocator import keep_freed_memory
 from dgrpo.run.callbacks import no_bars_without_a_terminal, shows_bars
+from dgrpo.run.own_data import task_of_run
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
 from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, TASKS, Task, load_rows
@@ -102,11 +103,17 @@ def grade_models(arguments: argparse.Namespace) -> None:
         raise ValueError(f"device={arguments.device!r}: there is none here, or accelerate is set to another.")
     if state.device.type == "cpu":
         keep_freed_memory()
-    task = TASKS[arguments.task]
-    folders = {name: str(embedded_checkpoint(task, name)) for name in EMBEDDED_MODELS}
+    own_data = arguments.task == "grpo"
+    folders = {
+        name: str(embedded_checkpoint(TASKS["gsm8k" if own_data else arguments.task], name))
+        for name in EMBEDDED_MODELS
+    }
     models = [folders.get(model, model) for model in arguments.model or []]
     chosen = checkpoints(models, arguments.adapter or [], Path(folders[EMBEDDED]))
     run = settings_of_run(chosen)
+    if own_data and arguments.instruction is not None:
+        run = run | {"instruction": arguments.instruction}
+    task = task_of_run(run) if own_data else TASKS[arguments.task]
     embedded = next(
         (
             name
@@ -170,7 +177,7 @@ def main() -> None:
     parser.add_argument("--generations", nargs="+", help="Stored generations to grade, without a model.")
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="Default: both, where d1 has the task.")
     parser.add_argument("--disagreements", action="store_true", help="Where the protocols differ on them, and why.")
-    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--task", choices=[*TASKS, "grpo"], help="'grpo': rows and rewards as the run had them.")
     parser.add_argument("--model", nargs="+", help="Hub names or folders; default: the task's embedded checkpoint.")
     parser.add_argument("--adapter", nargs="+", help="Trained adapters to put on top; 'none' is the model as it is.")
     parser.add_argument(

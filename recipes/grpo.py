@@ -12,7 +12,7 @@ as `answer`; a share of the prompts is held out, on which the rewards' mean is t
 """
 
 from dgrpo.run import main
-from dgrpo.run.own_data import OwnDataConfig, recipe_task
+from dgrpo.run.own_data import OwnDataRecipeConfig, recipe_task
 
 if __name__ == "__main__":
-    main(recipe_task, __file__, OwnDataConfig)
+    main(recipe_task, __file__, OwnDataRecipeConfig)

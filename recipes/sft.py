@@ -12,6 +12,7 @@ and answer. Without arguments it fine-tunes the embedded default on generated pr
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from datasets import Dataset
 from peft import get_peft_model
@@ -23,17 +24,26 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, read_rows
+from dgrpo.tasks.columns import PromptColumns
 from dgrpo.tiny import problems
 from dgrpo.trainers.checks import check_rows
 from dgrpo.trainers.sft import from_s1k
 
 
 @dataclass
-class SFTRecipeConfig:
+class SFTRecipeConfig(PromptColumns):
     """What the recipe adds to the trainer's and the model's settings."""
 
     dataset: str = field(
-        default=EMBEDDED, metadata={"help": "Hub name or local file of prompt/completion rows, or 'embedded'."}
+        default=EMBEDDED, metadata={"help": "Hub name or local file of prompts and completions, or 'embedded'."}
+    )
+    completion_column: str | None = field(
+        default=None,
+        metadata={"help": "Column to learn; default: completion, or a conversation's last message."},
+    )
+    prompt_format: Literal["chat", "plain"] = field(
+        default="plain",
+        metadata={"help": "Texts as they are, or 'chat': messages in the chat template."},
     )
     num_examples: int = field(default=2048, metadata={"help": "Generated examples when the dataset is 'embedded'."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to start from."})
@@ -48,6 +58,7 @@ class SFTRecipeConfig:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.convert and self.adapter_name_or_path:
             raise ValueError("convert: an adapter of the causal model does not fit; give one of the two.")
 
@@ -63,6 +74,8 @@ def run() -> None:
             rows = read_rows(recipe.dataset, "train")
             if rows and "thinking_trajectories" in rows[0]:
                 rows = [from_s1k(row) for row in rows]
+            else:
+                rows = recipe.pairs(rows, {"completion": recipe.completion_column})
         dataset = check_rows(f"dataset={recipe.dataset!r}", Dataset.from_list(rows), MaskedSFTTrainer.columns)
         if args.block_schedule and recipe.block_length is None:
             recipe.block_length = args.block_schedule[-1]

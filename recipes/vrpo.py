@@ -7,6 +7,7 @@ says what that does to held-out accuracy.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -19,16 +20,23 @@ from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows, read_rows
+from dgrpo.tasks.columns import PromptColumns
 from dgrpo.tiny import problems
 from dgrpo.trainers.checks import check_rows
 
 
 @dataclass
-class VRPORecipeConfig:
+class VRPORecipeConfig(PromptColumns):
     """What the recipe adds to the trainer's and the model's settings."""
 
     dataset: str = field(
         default=EMBEDDED, metadata={"help": "Hub name or local file of preference rows, or 'embedded'."}
+    )
+    chosen_column: str | None = field(default=None, metadata={"help": "Column of the better completion."})
+    rejected_column: str | None = field(default=None, metadata={"help": "Column of the worse one."})
+    prompt_format: Literal["chat", "plain"] = field(
+        default="plain",
+        metadata={"help": "Texts as they are, or 'chat': messages in the chat template."},
     )
     num_examples: int = field(default=1024, metadata={"help": "Generated pairs when the dataset is 'embedded'."})
     num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems when it is; 0: none."})
@@ -48,7 +56,11 @@ def run() -> None:
         raise ValueError("use_peft=False: VRPO compares the policy with itself without its adapter; set it to true.")
     embedded = recipe.dataset == EMBEDDED
     with run_folder(args, recipe, model_config) as checkpoint:
-        rows = problems.preferences(recipe.num_examples, args.seed) if embedded else read_rows(recipe.dataset, "train")
+        if embedded:
+            rows = problems.preferences(recipe.num_examples, args.seed)
+        else:
+            columns = {"chosen": recipe.chosen_column, "rejected": recipe.rejected_column}
+            rows = recipe.pairs(read_rows(recipe.dataset, "train"), columns)
         dataset = check_rows(f"dataset={recipe.dataset!r}", Dataset.from_list(rows), VRPOTrainer.columns)
         model, tokenizer, peft_config = prepare_model(gsm8k.TASK, recipe, args, model_config)
         if not isinstance(model, PeftModel):

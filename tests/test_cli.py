@@ -107,7 +107,7 @@ def shown(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["gsm8k", "sft", "vrpo"])
+@pytest.mark.parametrize("recipe", ["gsm8k", "grpo", "sft", "vrpo"])
 def test_the_help_of_training_is_short_and_the_rest_is_in_help_all(capsys, recipe):
     from dgrpo.trainers.config import _REFUSED
 
@@ -120,7 +120,9 @@ def test_the_help_of_training_is_short_and_the_rest_is_in_help_all(capsys, recip
     listed = re.findall(r"^  --(\w+)", long, re.MULTILINE)
     assert set(named) <= set(listed) | {"preset"}
     assert len(listed) > 100
-    assert not {name for name in listed if name.startswith("vllm") or (recipe == "gsm8k" and name in _REFUSED)}
+    assert not {
+        name for name in listed if name.startswith("vllm") or (recipe in ("gsm8k", "grpo") and name in _REFUSED)
+    }
 
 
 def test_a_recipe_that_is_run_as_a_file_has_the_same_help(capsys):

@@ -136,6 +136,8 @@ def check(words: list[str], page: str) -> None:
     elif program == "dgrpo" and rest[0] == "train":
         assert rest[1] in TRAINABLE
         check_recipe(rest[1], rest[2:], page)
+    elif program == "dgrpo" and rest[:3] == ["validate", "--task", "grpo"]:
+        check_recipe("grpo", rest[3:], page)
     elif program == "dgrpo":
         build_parser().parse_args(rest)
     elif program == "accelerate":
@@ -243,8 +245,10 @@ def test_the_tutorial_works_from_its_first_line_to_its_last(folder):
     assert paste("docs/tutorial.md", folder) == [
         *["watch", "watch", "train", "report", "evaluate", "watch"],
         *["train", "report", "compare", "merge", "watch"],
+        *["validate", "train", "evaluate", "generate"],
     ]
-    for run in ("gsm8k", "shop"):
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 400
+    for run in ("gsm8k", "shop", "lager"):
         check_run(folder / "runs" / run)
     for file in ("watch.html", "compare.png", "shop-model/config.json", "runs/evaluation/results.json"):
         assert (folder / file).stat().st_size > 0, file

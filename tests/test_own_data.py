@@ -1,15 +1,16 @@
 """Any dataset by its column names: sources, prompts, splits and what is refused; and a run as a user starts it."""
 
 import json
+import re
 import sys
 
 import pytest
 
 from dgrpo.__main__ import main
 from dgrpo.evaluation.interval import mean_interval, wilson_interval
-from dgrpo.run.own_data import OwnDataConfig, weighted_rewards
+from dgrpo.run.own_data import OwnDataRecipeConfig, weighted_rewards
 from dgrpo.tasks import load_rows, read_rows
-from dgrpo.tasks.columns import OwnData, own_data_task
+from dgrpo.tasks.columns import OwnData, PromptColumns, own_data_task
 
 CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
 
@@ -70,12 +71,7 @@ def test_conversations_of_several_turns_end_with_the_question(tmp_path):
     assert set(train["answer"]) == {"4"}
 
 
-def test_parts_mixtures_and_configurations_of_datasets(shop, tmp_path):
-    folder = tmp_path / "hub"
-    for config, split, number in (("small", "train", 4), ("small", "test", 2), ("large", "train", 9)):
-        (folder / config).mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"Aufgabe (Text)": f"{config} {split} {n}"}) for n in range(number)]
-        (folder / config / f"{split}.jsonl").write_text("\n".join(lines))
+def test_parts_and_mixtures_of_datasets(shop):
     assert len(read_rows(f"{shop}@train[10:20]+train[:5%]", "train")) == 14
     assert len(read_rows(shop, "train", first=7)) == 7
     mixed = read_rows(f"{shop} + {shop}@train[:10]", "train")
@@ -121,7 +117,7 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path, settings, message):
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        OwnDataConfig(**({"dataset": "rows.csv"} | settings))
+        OwnDataRecipeConfig(**({"dataset": "rows.csv"} | settings))
 
 
 def test_the_held_out_score_is_the_weighted_sum_of_the_rewards():
@@ -137,6 +133,37 @@ def test_the_held_out_score_is_the_weighted_sum_of_the_rewards():
     assert mean_interval([0.0, 1.0, 1.0]) == wilson_interval(2 / 3, 3)
     low, high = mean_interval([0.0, 2.0, 4.0] * 20)
     assert 1 < low < 2 < high < 3
+
+
+def test_references_are_checked_by_the_columns_of_the_dataset(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "exact_rewards.py").write_text(
+        "def exact(prompts, completions, answer, **columns):\n"
+        "    return [float(c[0]['content'] == a != '05') for c, a in zip(completions, answer)]\n"
+    )
+    words = ["validate", "--task", "grpo", "--dataset", shop, "--reward_funcs", "exact_rewards:exact"]
+    main([*words, "--prompt_column", "Aufgabe (Text)", "--answer_column", "Loesung"])
+    assert re.match(r"64 rows: 6[24] references pass, [02] fail", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match=r"prompt_column=None: there is no column 'prompt'"):
+        main(words)
+
+
+def test_completions_to_learn_come_from_columns_of_any_name():
+    rows = [{"Frage": "1+1?", "gut": "2", "schlecht": "3"}]
+    columns = {"chosen": "gut", "rejected": "schlecht"}
+    plain = PromptColumns(prompt_column="Frage", prompt_format="plain").pairs(rows, columns)
+    assert plain == [{"prompt": "1+1?", "chosen": "2", "rejected": "3"}]
+    [row] = PromptColumns(prompt_column="Frage", system_prompt="s").pairs(rows, columns)
+    assert [turn["role"] for turn in row["prompt"]] == ["system", "user"]
+    assert row["chosen"] == [{"role": "assistant", "content": "2"}]
+    assert PromptColumns().pairs([{"messages": CHAT}], {"completion": None}) == [
+        {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    ]
+    own = [{"prompt": CHAT[:1], "completion": CHAT[1:]}]
+    assert PromptColumns(prompt_format="plain").pairs(own, {"completion": None}) is own
+    with pytest.raises(ValueError, match=r"row 1: chosen_column=None: there is no column 'chosen' among \['Frage'"):
+        PromptColumns(prompt_column="Frage").pairs(rows, {"chosen": None})
 
 
 @pytest.mark.slow
@@ -158,3 +185,6 @@ def test_a_csv_with_odd_names_trains_and_is_reported(shop, tmp_path, monkeypatch
     assert summary["before"]["score"] == summary["after"]["score"] == 0.5
     assert "eval_score" in (tmp_path / "run/metrics.csv").read_text()
     assert "Score before" in (tmp_path / "run/report.html").read_text()
+    main(["evaluate", "--task", "grpo", "--adapter", "none", "run", "--num_problems", "8"])
+    results = json.loads((tmp_path / "runs/evaluation/results.json").read_text())
+    assert [(each["metric"], each["accuracy"], each["n"]) for each in results] == [("score", 0.5, 8)] * 2

@@ -125,7 +125,7 @@ def evaluate_checkpoint(
                 finished=finished,
                 template_settings=template_settings,
             )
-        found = Evaluation.of(answers, state.num_processes)
+        found = Evaluation.of(answers, state.num_processes, task.measure)
         items = d1_items(task, drawn, answers, tokenizer.eos_token)
         if state.is_main_process:
             about = {
@@ -168,7 +168,7 @@ def _results(
         scores = pass_scores(right, powers_up_to(num_samples))
         scores += selection_scores(task, rows, by_problem(found.completions, len(rows)), right, select)
         return [Result(label, name, length, "strict", len(rows), s.value, s.interval, *of_all, s.name) for s in scores]
-    results = [Result(label, name, length, "strict", found.n, found.accuracy, found.interval, *of_all)]
+    results = [Result(label, name, length, "strict", found.n, found.figure, found.interval, *of_all, task.measure)]
     if task.name in D1 and all(len(row.get("puzzle", "")) in (0, 16) for row in rows):
         report = grade(items, task.name, "d1")
         results.append(Result(label, name, length, "d1", report.n, report.accuracy, report.interval, *of_all))

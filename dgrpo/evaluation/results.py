@@ -16,7 +16,7 @@ from dgrpo.report.curves import COLOURS, INK, MUTED, dress
 
 @dataclass(frozen=True)
 class Result:
-    """The accuracy of one set of texts by one protocol, with its 95 % interval; n texts count."""
+    """The accuracy, or mean score, of one set of texts by one protocol, with its 95 % interval; n texts count."""
 
     checkpoint: str
     name: str
@@ -28,7 +28,7 @@ class Result:
     mean_length: float | None = None
     tokens_per_second: float | None = None
     ended: float | None = None  # share of the texts that came to their end
-    metric: str = "accuracy"  # or pass@k, majority of N, best of N
+    metric: str = "accuracy"  # or pass@k, majority of N, best of N; "score", the mean grade
 
 
 def stored_result(name: str, report: Report) -> Result:
@@ -38,14 +38,18 @@ def stored_result(name: str, report: Report) -> Result:
 
 def results_table(results: Sequence[Result]) -> Table:
     """One line for each result; empty columns are omitted."""
+    scores = any(result.metric == "score" for result in results)
+    figure, written = ("score", "{:.3f}".format) if scores else ("accuracy", "{:.2%}".format)
     columns = {
         "checkpoint": [result.checkpoint for result in results],
         "set": [result.name for result in results],
         "protocol": [result.protocol for result in results],
         "metric": [result.metric for result in results],
         "n": [str(result.n) for result in results],
-        "accuracy": [f"{result.accuracy:.2%}" for result in results],
-        "95 % interval": [f"{100 * low:.2f} - {high:.2%}" for low, high in (result.interval for result in results)],
+        figure: [written(result.accuracy) for result in results],
+        "95 % interval": [
+            f"{written(low).rstrip('%')} - {written(high)}" for low, high in (result.interval for result in results)
+        ],
         "mean length": ["" if r.mean_length is None else f"{r.mean_length:.1f}" for r in results],
         "ended": ["" if r.ended is None else f"{r.ended:.0%}" for r in results],
         "tokens/s": ["" if r.tokens_per_second is None else f"{r.tokens_per_second:.0f}" for r in results],
@@ -73,7 +77,9 @@ def show_results(results: Sequence[Result]) -> None:
 def write_results(folder: Path, results: Sequence[Result]) -> None:
     """`results.json`, `accuracy.png` over generation length, and with several samples `coverage.png` over k."""
     (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    draw_accuracy(folder / "accuracy.png", [result for result in results if result.metric in ("accuracy", "pass@1")])
+    draw_accuracy(
+        folder / "accuracy.png", [result for result in results if result.metric in ("accuracy", "score", "pass@1")]
+    )
     if any(result.metric.startswith("pass@") for result in results):
         draw_coverage(folder / "coverage.png", results)
 
@@ -109,12 +115,14 @@ def draw_accuracy(path: Path, results: Sequence[Result]) -> None:
                 capsize=3,
                 label=f"{name} ({protocol})" if len(protocols) > 1 else name,
             )
-    dress(axis, "Accuracy, with 95 % intervals")
+    scores = any(result.metric == "score" for result in results)
+    dress(axis, f"{'Mean score' if scores else 'Accuracy'}, with 95 % intervals")
     axis.set_xticks(list(place.values()), [str(length) for length in place])
     axis.set_xlim(-0.5, len(place) - 0.5)
     axis.set_xlabel("generation length in tokens", fontsize=9, color=MUTED, loc="right")
-    axis.set_ylim(bottom=0.0)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    if not scores:
+        axis.set_ylim(bottom=0.0)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(path, dpi=130)
 

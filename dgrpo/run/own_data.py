@@ -20,13 +20,12 @@ from dgrpo.trainers.rewards import guarded
 
 
 @dataclass
-class OwnDataConfig(OwnData, RecipeConfig):
+class OwnDataRecipeConfig(OwnData, RecipeConfig):
     """The settings of `recipes/grpo.py` beside the trainer's and the model's."""
 
     grade: str | None = field(
         default=None,
-        metadata={"help": "Function whose mean is the held-out score, 'package.module:function'; default: the "
-        "weighted sum of the rewards."},
+        metadata={"help": "Function whose mean is the held-out score; default: the rewards' weighted sum."},
     )  # fmt: skip
     validate: bool = field(
         default=False,
@@ -65,7 +64,9 @@ def weighted_rewards(rewards: Sequence[Callable], weights: Sequence[float] | Non
     return held_out_score
 
 
-def task_of(recipe: OwnDataConfig, reward_weights: Sequence[float] | None, timeout: float | None, seed: int) -> Task:
+def task_of(
+    recipe: OwnDataRecipeConfig, reward_weights: Sequence[float] | None, timeout: float | None, seed: int
+) -> Task:
     """The task that these settings describe."""
     if recipe.grade is None:
         rewards = rewards_of(recipe)
@@ -78,7 +79,7 @@ def task_of(recipe: OwnDataConfig, reward_weights: Sequence[float] | None, timeo
     return own_data_task(recipe, grade, recipe.instruction or "", seed)
 
 
-def recipe_task(recipe: OwnDataConfig, args: DiffuGRPOConfig) -> Task:
+def recipe_task(recipe: OwnDataRecipeConfig, args: DiffuGRPOConfig) -> Task:
     """The task of a run, from its settings."""
     return task_of(recipe, args.reward_weights, args.reward_timeout, args.seed)
 
@@ -90,14 +91,14 @@ def task_of_run(settings: dict[str, Any]) -> Task:
             "task='grpo': which columns ask and answer is read from a run's config.yaml; name the run's folder as "
             "adapter or model."
         )
-    names = {each.name for each in fields(OwnDataConfig)}
-    recipe = OwnDataConfig(**{name: value for name, value in settings.items() if name in names})
+    names = {each.name for each in fields(OwnDataRecipeConfig)}
+    recipe = OwnDataRecipeConfig(**{name: value for name, value in settings.items() if name in names})
     return task_of(
         recipe, settings.get("reward_weights"), settings.get("reward_timeout", 600.0), settings.get("seed", 42)
     )
 
 
-def parse_own_data(recipe_file: str, argv: list[str]) -> tuple[OwnDataConfig, Task]:
+def parse_own_data(recipe_file: str, argv: list[str]) -> tuple[OwnDataRecipeConfig, Task]:
     """The settings of `recipes/grpo.py` on a command line, and their task."""
-    recipe, args, _ = parse_recipe(recipe_file, OwnDataConfig, DiffuGRPOConfig, ModelConfig, argv=argv)
+    recipe, args, _ = parse_recipe(recipe_file, OwnDataRecipeConfig, DiffuGRPOConfig, ModelConfig, argv=argv)
     return recipe, recipe_task(recipe, args)

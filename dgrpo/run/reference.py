@@ -13,6 +13,7 @@ from trl import ModelConfig, TrlParser
 
 from dgrpo.cli import RECIPES, TRAINABLE
 from dgrpo.report.metrics import metrics_reference
+from dgrpo.run.own_data import OwnDataRecipeConfig
 from dgrpo.run.settings import RecipeConfig
 from dgrpo.trainers import DiffuGRPOConfig
 from dgrpo.trainers.config import _REFUSED as REFUSED_IN_GRPO
@@ -77,6 +78,9 @@ MAIN: dict[str, dict[str, str]] = {
         "stop_on_collapse": "End the run where the reward collapses.",
     },
 }
+# Of these --help is silent where a recipe adds settings to those of training by GRPO: it keeps to 60 lines.
+SELDOM = ("adapter_name_or_path", "load_in_4bit", "instruction", "reward_timeout", "cache", "threshold", "epsilon")
+SELDOM += ("p_mask_prompt", "stop_on_collapse")
 GRPO = (RecipeConfig, DiffuGRPOConfig, ModelConfig)
 
 
@@ -121,13 +125,15 @@ def _sentence(text: str | None) -> str:
 def short_help(kind: str, config_types: tuple[type, ...]) -> str:
     """What `dgrpo train TASK --help` prints, on at most 60 lines."""
     known = settings_of(*config_types)
-    recipe = [name for name in config_types[0].__dataclass_fields__ if kind != "train"]  # type: ignore[attr-defined]
+    shared = RecipeConfig.__dataclass_fields__ if issubclass(config_types[0], RecipeConfig) else ()
+    recipe = [name for name in config_types[0].__dataclass_fields__ if name not in shared]  # type: ignore[attr-defined]
     groups = ({"This recipe": dict.fromkeys(recipe, "")} if recipe else {}) | MAIN
     lines = [f"usage: dgrpo train {kind if recipe else 'TASK'} [--SETTING VALUE ...]", ""]
     lines += ["The recipe's YAML sets other defaults than these for the embedded model."]
     for group, words in groups.items():
         names = [name for name in words if name in (*known, "config", "preset")]
         names = [name for name in names if group == "This recipe" or name not in recipe]
+        names = [name for name in names if not (recipe and shared and name in SELDOM)]
         lines += ["", f"{group}:"] if names else []
         for name in names:
             text = words[name] or _sentence(known[name].help)
@@ -150,10 +156,13 @@ def long_help(kind: str, config_types: tuple[type, ...]) -> str:
 
 def settings_reference() -> str:
     """Every setting that is read, as Markdown tables: first what dgrpo adds, then what TRL and transformers have."""
-    known = settings_of(*GRPO)
+    known = settings_of(OwnDataRecipeConfig, *GRPO[1:])
     own = {name: DiffuGRPOConfig.__dataclass_fields__[name] for name in DiffuGRPOConfig.__annotations__}
     tables = {
         "The recipe": list(RecipeConfig.__dataclass_fields__),
+        "`dgrpo train grpo`: rows and rewards of your own": [
+            name for name in OwnDataRecipeConfig.__dataclass_fields__ if name not in RecipeConfig.__dataclass_fields__
+        ],
         "`DiffuGRPOConfig`: added, or with another default than TRL's": [name for name in own if name in known],
         "TRL's `ModelConfig`": [name for name in ModelConfig.__dataclass_fields__ if name in known],
     }

@@ -31,7 +31,7 @@ class PromptColumns:
     )
     prompt_format: Literal["chat", "plain"] = field(
         default="chat",
-        metadata={"help": "What a text becomes: 'chat', a user's message in the chat template; 'plain', as it is."},
+        metadata={"help": "A text is a user's message in the chat template, or 'plain': as it is."},
     )
 
     def __post_init__(self):
@@ -120,6 +120,25 @@ class PromptColumns:
             )
         return value if self.prompt_format == "plain" else [{"role": "assistant", "content": value}]
 
+    def pairs(self, rows: Rows, columns: dict[str, str | None]) -> Rows:
+        """Rows of "prompt" and these completions, all in one form, for `MaskedSFTTrainer` and `VRPOTrainer`.
+
+        Args:
+            rows: rows of a dataset.
+            columns: the setting's column of each completion; None: the column of the completion's own name.
+        """
+        named = any((self.prompt_column, self.system_prompt, *columns.values()))
+        if self.prompt_format == "plain" and not named and {"prompt", *columns} <= set(rows[0]):
+            return rows  # as the trainers read them: texts, or conversations
+        made = []
+        for number, row in enumerate(rows, 1):
+            try:
+                completions = {name: self.completion_of(row, column, name) for name, column in columns.items()}
+                made.append({"prompt": self.prompt_of(row), **completions})
+            except ValueError as error:
+                raise ValueError(str(error).replace("dataset:", f"dataset, row {number}:", 1)) from error
+        return made
+
 
 @dataclass
 class OwnData(PromptColumns):
@@ -127,13 +146,11 @@ class OwnData(PromptColumns):
 
     answer_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the reference, which rewards get as `answer`; default: the last message, if the "
-        "assistant's, or none."},
+        metadata={"help": "Column of the reference, `answer` of the rewards; default: its last message."},
     )  # fmt: skip
     few_shot: str | None = field(
         default=None,
-        metadata={"help": "Solved rows put before each prompt, such as 'rows.csv@train[:3]'; no prompt of theirs is "
-        "trained or evaluated on."},
+        metadata={"help": "Solved rows put before each prompt ('rows.csv@train[:3]'), nowhere else."},
     )  # fmt: skip
     skip_empty: bool = field(default=False, metadata={"help": "Leave out rows without a prompt or an answer."})
     dataset_weights: list[float] | None = field(
