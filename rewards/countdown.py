@@ -2,9 +2,10 @@
 
 Rules, after `rewards.text` has found the answer:
 
-- It is an expression of non-negative integers, `+`, `-`, `*`, `/` and parentheses, in ASCII, at most 200 characters.
-  LaTeX's `\\times`, `\\cdot` and `\\div` are read as `*`, `*`, `/`. Nothing else is: no `=`, no decimals, no `**` or
-  `//`, no sign in front of a number or a parenthesis, no power of ten, no juxtaposed factors, no text.
+- It is an expression of non-negative integers, `+`, `-`, `*`, `/` and parentheses, at most 200 characters.
+  `\\times`, `\\cdot`, `\\div`, `×`, `·`, `÷`, `−` and `\\frac{a}{b}` are read as such; Markdown and the delimiters of
+  LaTeX around it are dropped. Nothing else is: no `=`, no decimals, no `**` or `//`, no sign in front of a number or
+  a parenthesis, no power of ten, no juxtaposed factors, no text.
 - The integers in it are the given numbers, each used exactly as often as it is given.
 - Arithmetic is exact (`7 / 2` is seven halves); division by zero makes the answer wrong. Steps between may be negative
   or fractional; only the value at the end counts.
@@ -18,12 +19,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from rewards.text import Completion, completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer, unwrapped
 
 # Far beyond what six numbers need, and below the nesting at which a parser runs out of stack.
 MAX_EXPRESSION_CHARS = 200
 EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
-LATEX = {"\\times": " * ", "\\cdot": " * ", "\\div": " / "}
+SIGNS = {"\\times": " * ", "\\cdot": " * ", "\\div": " / ", "×": " * ", "·": " * ", "÷": " / ", "−": " - "}
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+# Around a formula, and LaTeX's spaces; what is taken away leaves a space, so that no two numbers become one.
+AROUND = re.compile(r"\$|\\[()\[\],;:! ]|\\(?:left|right)(?![A-Za-z])")
 
 
 def evaluate(node: ast.expr) -> tuple[Fraction, list[int]]:
@@ -48,9 +52,10 @@ def evaluate(node: ast.expr) -> tuple[Fraction, list[int]]:
 
 def expression_value(text: str | None) -> tuple[Fraction, list[int]] | None:
     """The exact value of an expression and the integers in it, sorted; None when it breaks the rules."""
-    for command, operator in LATEX.items():
-        text = text and text.replace(command, operator)
-    text = " ".join(text.split()) if text else ""
+    text = AROUND.sub(" ", unwrapped(text or ""))
+    for sign, operator in SIGNS.items():
+        text = text.replace(sign, operator)
+    text = " ".join(FRACTION.sub(r"((\1)/(\2))", text).split())
     if len(text) > MAX_EXPRESSION_CHARS or not EXPRESSION.fullmatch(text):
         return None
     try:

@@ -2,7 +2,8 @@ r"""GSM8K: 1.0 when the number in the answer equals the reference.
 
 Rules, after `rewards.text` has found the answer:
 
-- It is ASCII: digits of other scripts, a Unicode minus and right-to-left controls are not read as numbers.
+- It is ASCII but for `−`, `€`, `£`, `°`, quotation marks, spaces that do not break and signs of no width: digits of
+  other scripts and right-to-left controls are not read as numbers.
 - `$`, `\$`, LaTeX's thin spaces (`\!`, `\,`) and `{,}` are notation: dropped, or read as the comma they stand for.
 - Markdown around it (`**18**`, `` `18` ``) is dropped.
 - A number is an optional sign, digits with or without correct thousands separators, and optional decimals: `18`, `-7`,
@@ -25,6 +26,7 @@ from rewards.text import Completion, completion_text, short_answer, without_mark
 
 NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)", re.ASCII)
 BESIDE_AN_OPERATOR = re.compile(r"[-+*/^<>~]\s*#|#\s*[-+*/^<>~]")
+SIGNS = str.maketrans({"−": "-", "€": "", "£": "", "°": "", "“": '"', "”": '"'})
 INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)", re.ASCII)
 
 
@@ -39,16 +41,10 @@ def to_decimal(number: object) -> Decimal | None:
 
 def read_number(answer: str | None) -> Decimal | None:
     """The value that the answer states; None when it states none by the rules."""
-    if answer is None or not answer.isascii():
+    plain = "" if answer is None else without_markdown(answer).translate(SIGNS)
+    if not plain or not plain.isascii():
         return None
-    plain = (
-        without_markdown(answer)
-        .replace("{,}", ",")
-        .replace("\\!", "")
-        .replace("\\,", "")
-        .replace("\\$", "")
-        .replace("$", "")
-    )
+    plain = plain.replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace("\\$", "").replace("$", "")
     around = NUMBER.sub("#", plain.replace("#", " "))
     if around.count("#") != 1 or re.search(r"\d", around) or BESIDE_AN_OPERATOR.search(around):
         return None

@@ -77,6 +77,8 @@ ORDER = {"leq": r"\le ", "geq": r"\ge ", "neq": r"\ne ", "varnothing": r"\emptys
 SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(rf"[{RAISED}]+"), lambda match: f"^{{{match[0].translate(SCRIPT)}}}"),
     (re.compile(rf"[{LOWERED}]+"), lambda match: f"_{{{match[0].translate(SCRIPT)}}}"),
+    (re.compile(r"^\s*\\(?:text|mbox|mathrm)\s*\{\s*(-?[\d.,]*\d)\s*\}\s*$"), r"\1"),
+    (re.compile(r"\\\\\s*$"), ""),
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√"), r"\\sqrt "),

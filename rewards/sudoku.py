@@ -3,8 +3,9 @@
 A puzzle is 16 or 81 characters, row by row, `0` or `.` for an empty cell. Rules, after `rewards.text` has found the
 answer:
 
-- White space is dropped; what remains must be exactly one digit from 1 to 4 (or 9) for each cell. A grid that is too
-  short or too long is not padded or cut: it scores 0.
+- White space, Markdown, `|`, `,`, brackets and lines of `-` and `+` between cells are dropped; what remains must be
+  exactly one digit from 1 to 4 (or 9) for each cell. A grid that is too short or too long is not padded or cut: it
+  scores 0.
 - The clues must stand where the puzzle has them: a changed clue scores 0, in both rewards.
 - Solved means that every row, column and box holds each digit once. Where a puzzle has several solutions, any of them
   is right, whatever the reference says.
@@ -12,12 +13,14 @@ answer:
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.text import Completion, completion_text, short_answer
+from rewards.text import Completion, completion_text, short_answer, unwrapped
 
 DIGITS = "123456789"
+SEPARATORS = re.compile(r"[\s|,\[\]$*+-]")
 SIZES = {16: 4, 81: 9}
 
 
@@ -30,7 +33,7 @@ def read_puzzle(puzzle: object) -> str | None:
 
 def read_grid(answer: str | None, puzzle: str) -> str | None:
     """The filled grid that the answer states, with the puzzle's clues kept; None when it is not one."""
-    grid = "".join(answer.split()) if answer else ""
+    grid = SEPARATORS.sub("", unwrapped(answer or ""))
     allowed = set(DIGITS[: SIZES[len(puzzle)]])
     if len(grid) != len(puzzle) or not set(grid) <= allowed:
         return None

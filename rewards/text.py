@@ -33,6 +33,10 @@ BOXED = "\\boxed{"
 EMPHASIS = re.compile(
     r"(?<![\w)}*])(\*{1,3})(?=[^\s*])([^*]+)(?<=\S)\1(?![\w({*\\])|(?<!\w)(__)(?=\S)([^_]+)(?<=\S)__(?!\w)"
 )
+# The same around a whole answer, where nothing else can be meant: with spaces within, or operators.
+WRAPPED = re.compile(r"(\*{1,3}|__)(?![*_])((?:(?!\1).)+)\1\.?", re.DOTALL)
+# Signs that are not seen, and spaces that do not break a line.
+UNSEEN = str.maketrans(dict.fromkeys("\u200b\u200c\u2060\ufeff") | dict.fromkeys("\u00a0\u2009\u202f", " "))
 FENCE = re.compile(r"```(?:latex|tex|math|text)?[ \t]*\n|`")
 
 
@@ -53,10 +57,16 @@ def answer_block(text: str) -> str | None:
     return text[opened + len(start) : closed].strip() or None
 
 
+def unwrapped(text: str) -> str:
+    """The text without code marks, unseen signs, and what Markdown puts around the whole of it."""
+    text = FENCE.sub("", text.translate(UNSEEN)).strip()
+    match = WRAPPED.fullmatch(text)
+    return match[2].strip() if match else text
+
+
 def without_markdown(text: str) -> str:
     """The text without Markdown's bold, italics and code: `**73**`, `*73*`, `__73__`, `` `73` `` are 73."""
-    text = FENCE.sub("", text)
-    return EMPHASIS.sub(lambda match: match[2] or match[4], text)
+    return EMPHASIS.sub(lambda match: match[2] or match[4], unwrapped(text))
 
 
 def boxed_contents(text: str) -> list[str] | None:
@@ -88,4 +98,9 @@ def short_answer(text: str) -> str | None:
     boxes = boxed_contents(block)
     if boxes is None or len(set(boxes)) > 1:
         return None
-    return (boxes[0] if boxes else block) or None
+    if not boxes:
+        return block
+    inner = boxed_contents(boxes[0])
+    while inner and boxes[0] == f"{BOXED}{inner[0]}}}":
+        boxes, inner = inner, boxed_contents(inner[0])
+    return boxes[0] or None

@@ -24,9 +24,28 @@ def with_cell(grid, i, digit):
     return grid[:i] + digit + grid[i + 1 :]
 
 
+ROWS = ["3142", "2431", "4213", "1324"]
+MARKDOWN = [
+    f"** {SOLUTION} **",
+    "```\n" + "\n".join(ROWS) + "\n```",
+    "\n".join(f"**{row}**" for row in ROWS),
+    "\n".join("| " + " | ".join(row) + " |" for row in ROWS),
+    str([list(map(int, row)) for row in ROWS]),
+    "\n".join(f"{row[:2]}|{row[2:]}" for row in ROWS[:2]) + "\n--+--\n" + "42|13\n13|24",
+    SOLUTION + "\u200b",
+]
+
+
 @pytest.mark.parametrize(
     "answer",
-    [SOLUTION, "3142\n2431\n4213\n1324", "3 1 4 2  2431 4213 1324", f"\\boxed{{{SOLUTION}}}", SOLUTION + " " * 600],
+    [
+        *MARKDOWN,
+        SOLUTION,
+        "3142\n2431\n4213\n1324",
+        "3 1 4 2  2431 4213 1324",
+        f"\\boxed{{{SOLUTION}}}",
+        SOLUTION + " " * 600,
+    ],
 )
 def test_the_solution(answer):
     assert scores(answer) == (1.0, 1.0)
@@ -55,7 +74,6 @@ def test_a_changed_clue_scores_zero():
         SOLUTION.replace("1", "5"),
         "solution: " + SOLUTION,
         "\u202e" + SOLUTION[::-1],
-        "|".join(SOLUTION),
         "1" * 100_000,
         SOLUTION_9,
     ],

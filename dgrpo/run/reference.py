@@ -79,8 +79,8 @@ MAIN: dict[str, dict[str, str]] = {
     },
 }
 # Of these --help is silent where a recipe adds settings to those of training by GRPO: it keeps to 60 lines.
-SELDOM = ("adapter_name_or_path", "load_in_4bit", "instruction", "reward_timeout", "cache", "threshold", "epsilon")
-SELDOM += ("p_mask_prompt", "stop_on_collapse")
+SELDOM: tuple[str, ...] = ("adapter_name_or_path", "load_in_4bit", "instruction", "reward_timeout", "cache")
+SELDOM += ("threshold", "epsilon", "p_mask_prompt", "stop_on_collapse")
 GRPO = (RecipeConfig, DiffuGRPOConfig, ModelConfig)
 
 
