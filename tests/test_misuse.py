@@ -204,3 +204,87 @@ def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="p_mask_prompt=0.15: the model attends in blocks of 4 tokens"):
         dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
+
+
+def write_plugin(folder):
+    (folder / "trial_plugin.py").write_text(
+        "def nothing(): return []\ndef two(batch, *, clip): return 0, {}\n"
+        "def est(rollout, *, generator, n: int = 2): pass"
+    )
+
+
+LATE = [
+    (["--lora_r", "0"], "lora_r=0: must be a positive whole number"),
+    (["--lora_alpha", "-1"], "lora_alpha=-1: must be a positive finite number"),
+    (["--lora_dropout", "nan"], "lora_dropout=nan: must be at least 0 and below 1"),
+    (["--lora_task_type", "TEA"], "Invalid task type"),
+    (["--adapter_name_or_path", "nowhere"], "adapter='nowhere': no adapter_config.json"),
+    (["--adapter_name_or_path", ""], "adapter='': no adapter_config.json"),
+    (["--report_to", "tea"], "report_to='tea': choose"),
+    (["--report_to", "comet_ml"], "report_to='comet_ml': its package is not installed"),
+    (["--output_dir", ""], "output_dir='' is no folder"),
+    (["--output_dir", "/"], "output_dir='/' is no folder"),
+    (["--output_dir", __file__], "is no folder for a run"),
+    (["--eval_strategy", "steps"], "eval_strategy='steps'"),
+    (["--load_best_model_at_end", "true"], "load_best_model_at_end=True"),
+    (["--save_strategy", "best"], "save_strategy='best'"),
+    (["--fp16", "true"], "fp16=True"),
+    (["--optim", "galore_adamw"], "optim="),
+    (["--lr_scheduler_kwargs", '{"tea": 1}'], "lr_scheduler_kwargs={'tea': 1}"),
+    (["--chat_template_kwargs", "[1]"], "chat_template_kwargs='[1]': must be a mapping"),
+    (["--estimator_kwargs", "nowhere.json"], "estimator_kwargs='nowhere.json': must be a mapping"),
+    (["--estimator_kwargs", '{"p_mask_prompt": 2}'], "p_mask_prompt=2: must be a probability"),
+    (["--estimator_kwargs", '{"p_mask_prompt": "a"}'], "p_mask_prompt is of the type float"),
+    (["--estimator_kwargs", '{"p_mask_prompt": true}'], "p_mask_prompt is of the type float"),
+    (["--estimator", "trial_plugin:nothing"], "estimator='trial_plugin:nothing': it cannot be called as (rollout"),
+    (["--objective", "trial_plugin:nothing", "--beta", "0"], "objective='trial_plugin:nothing': it cannot be called"),
+    (["--objective", "trial_plugin:two", "--beta", "0"], "missing a required argument: 'clip'"),
+    (["--estimator", "trial_plugin:est", "--estimator_kwargs", '{"n": 1.5}'], "n is of the type int"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), LATE, ids=lambda value: " ".join(value)[:40])
+def test_what_libraries_meet_late_is_refused_before_rows_are_read(monkeypatch, tmp_path, words, message):
+    write_plugin(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dgrpo.run.steps, "load_rows", None)
+    monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--output_dir", str(tmp_path / "run"), *words])
+    with pytest.raises(SystemExit) as stopped:
+        dgrpo.run.main(gsm8k.TASK, RECIPE)
+    assert str(stopped.value).startswith("dgrpo: ")
+    assert message in str(stopped.value)
+
+
+KWARGS = [
+    ("elbo", {"num_samples": 0}, "num_samples=0"),
+    ("elbo", {"num_samples": 1.5}, "num_samples is of the type int"),
+    ("elbo", {"min_ratio": 0.9, "max_ratio": 0.1}, "min_ratio=0.9"),
+    ("trace", {"shrink": 0}, "shrink=0"),
+    ("trace", {"shrink": "a"}, "shrink is of the type"),
+    ("coupled", {"min_ratio": float("nan")}, "min_ratio=nan"),
+    ("quadrature", {"num_nodes": True}, "num_nodes is of the type int"),
+]
+
+
+@pytest.mark.parametrize(("estimator", "kwargs", "message"), KWARGS, ids=str)
+def test_settings_of_an_estimator_are_tried_before_a_model_is_loaded(config, estimator, kwargs, message):
+    settings = {"objective": "espo", "beta": 0.0} if estimator in ("elbo", "quadrature") else {}
+    with pytest.raises(ValueError, match=message):
+        config(estimator=estimator, estimator_kwargs=kwargs, **settings)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kwargs"),
+    [
+        ("spg", {"eubo_beta": 0.5}),
+        ("spg", {"eubo_weight": 2}),
+        ("spg", {"eubo_weight": "a"}),
+        ("stable_drl", {"clip": -1.0}),
+        ("wd1", {"temperature": float("nan")}),
+    ],
+    ids=str,
+)
+def test_settings_of_an_objective_are_in_range(config, objective, kwargs):
+    estimator = "one_step" if objective == "wd1" else "elbo"
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        config(objective=objective, objective_kwargs=kwargs, beta=0.0, estimator=estimator)

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
@@ -34,6 +35,7 @@ from dgrpo.run.callbacks import (
     shows_bars,
 )
 from dgrpo.run.card import publish
+from dgrpo.run.checks import check_folder, check_settings
 from dgrpo.run.lock import locked
 from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
 from dgrpo.run.stopping import StopOnSignal
@@ -108,6 +110,13 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         return model, tokenizer, None
     if peft_config is not None and model_config.lora_target_modules is None:
         peft_config.target_modules = family.lora_targets
+    elif peft_config is not None and peft_config.target_modules != "all-linear":
+        names = [name for name, _ in model.named_modules()]
+        if not any(check_target_module_exists(peft_config, name) for name in names):
+            raise ValueError(
+                f"lora_target_modules={model_config.lora_target_modules}: the model has none of them; such as "
+                f"{family.lora_targets}."
+            )
     return model, tokenizer, peft_config
 
 
@@ -198,6 +207,8 @@ def run_folder(args: TrainingArguments, recipe: Any, model_config: ModelConfig) 
     """
     model_config.model_name_or_path = model_config.model_name_or_path or EMBEDDED
     no_bars_without_a_terminal()
+    check_folder(args.output_dir or "")
+    check_settings(args, recipe, model_config)
     main = PartialState().is_main_process
     assert args.output_dir is not None
     with _told_where(args.output_dir), locked(args.output_dir) if main else contextlib.nullcontext():

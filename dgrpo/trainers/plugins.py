@@ -2,15 +2,17 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from dgrpo.estimators import ESTIMATORS
-from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, name_of
+from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, facts_of, name_of
+from dgrpo.sampling import Rollout
+from dgrpo.trainers.ranges import check_range
 from dgrpo.views import MaskedViews
 
 REWARD_GROUP = "dgrpo.rewards"
@@ -78,22 +80,56 @@ def _configured(function: Callable, args, shared: tuple[str, ...], own: dict | N
     )
 
 
+def _check_kwargs(name: str, function: Callable, parameters: Mapping[str, inspect.Parameter], given: dict) -> None:
+    """ValueError where settings of an estimator or objective are none of its own, of a wrong type or out of range."""
+    if shared := sorted(set(given) & set(SHARED)):
+        raise ValueError(f"{name}={given!r}: {', '.join(shared)} is a setting beside {name}; set it there.")
+    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", *SHARED)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all and (unknown := sorted(set(given) - set(known))):
+        raise ValueError(
+            f"{name}={given!r}: {name_of(function)} has no {', '.join(unknown)}; its settings are "
+            f"{', '.join(known) or 'none'}."
+        )
+    for key in set(given) & set(parameters):
+        hint = parameters[key].annotation
+        allowed = (float, int) if hint is float else hint
+        if hint in (bool, int, float, str, int | None) and (
+            not isinstance(given[key], allowed) or (hint is not bool and isinstance(given[key], bool))
+        ):
+            raise ValueError(f"{name}={given!r}: {key} is of the type {getattr(hint, '__name__', hint)}.")
+
+
 def check_plugins(args) -> None:
-    """ValueError where estimator and objective do not go together, or their kwargs name what they do not take."""
+    """ValueError where estimator or objective cannot be called as they will be, or do not go together."""
     objective = resolve_objective(args.objective)
-    functions: dict[str, Callable[..., Any]] = {"objective_kwargs": objective}
+    named: list[tuple[str, Callable, Callable, dict]] = [("objective", objective, configured_objective, {})]
     if args.estimator is not None:
-        functions["estimator_kwargs"] = resolve_estimator(args.estimator)
-        check_combination(functions["estimator_kwargs"], objective, {name: getattr(args, name) for name in SHARED})
-    for name, function in functions.items():
-        given = getattr(args, name) or {}
-        if shared := sorted(set(given) & set(SHARED)):
-            raise ValueError(f"{name}={given!r}: {', '.join(shared)} is a setting beside {name}; set it there.")
-        parameters = inspect.signature(function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", *SHARED)]
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not takes_all and (unknown := sorted(set(given) - set(known))):
+        estimator = resolve_estimator(args.estimator)
+        check_combination(estimator, objective, {name: getattr(args, name) for name in SHARED})
+        named.append(("estimator", estimator, configured_estimator, {"generator": None}))
+    for setting, function, configured, words in named:
+        given = getattr(args, f"{setting}_kwargs") or {}
+        try:
+            parameters = inspect.signature(function).parameters
+            _check_kwargs(f"{setting}_kwargs", function, parameters, given)
+            inspect.signature(configured(args)).bind(None, **words)
+        except TypeError as error:
+            first = "(rollout, *, generator, settings)" if words else "(batch, *, settings)"
             raise ValueError(
-                f"{name}={given!r}: {name_of(function)} has no {', '.join(unknown)}; its settings are "
-                f"{', '.join(known) or 'none'}."
-            )
+                f"{setting}={getattr(args, setting)!r}: it cannot be called as {first}, {error}."
+            ) from error
+        if function in OBJECTIVES.values():
+            for name, value in given.items():
+                check_range(name, value)
+        # Whether the blocks of one that draws over several of them fit is known with the model.
+        if function in ESTIMATORS.values() and given and not facts_of(function).whole_canvas:
+            # Ranges that depend on each other and on the canvas: what it refuses, it refuses here.
+            length = args.max_completion_length
+            ids, mask = torch.zeros(2, length, dtype=torch.long), torch.ones(2, length, dtype=torch.bool)
+            values, order = torch.zeros(2, length), torch.arange(length).expand(2, -1)
+            rollout = Rollout(ids[:, :1], mask[:, :1], ids, mask, order, values, values, ids[:, 0], length, length)
+            try:
+                configured(args)(rollout, generator=torch.Generator())
+            except ValueError as error:
+                raise ValueError(f"estimator_kwargs={given!r}: {error}") from error
