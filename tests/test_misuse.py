@@ -177,7 +177,15 @@ def test_another_version_of_trl_is_told_when_a_trainer_is_imported():
     assert "private methods of trl 1.16, not of 1.17.0: pip install 'trl>=1.16,<1.17'" in done.stderr
 
 
-def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("--p_mask_prompt", "0.15", "p_mask_prompt=0.15: the model attends in blocks of 4 tokens"),
+        # As recipes for full attention have it: never taken as the model's own.
+        ("--block_length", "16", "block_length=16: the model attends in blocks of 4 tokens"),
+    ],
+)
+def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path, setting, value, message):
     monkeypatch.setattr(dgrpo.run.steps, "load_model", None)
     folder = published.write_checkpoint(tmp_path / "sdar", "sdar")
     argv = [
@@ -194,15 +202,15 @@ def test_a_model_of_blocks_is_told_before_it_is_loaded(monkeypatch, tmp_path):
         "6",
         "--bf16",
         "false",
-        "--p_mask_prompt",
-        "0.15",
+        setting,
+        value,
         "--dataset",
         "embedded",
         "--reward_funcs",
         "rewards.gsm8k:correctness_reward",
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit, match="p_mask_prompt=0.15: the model attends in blocks of 4 tokens"):
+    with pytest.raises(SystemExit, match=message):
         dgrpo.run.main(gsm8k.TASK, str(Path(__file__).parents[1] / "recipes/gsm8k.py"))
 
 

@@ -50,7 +50,7 @@ def test_every_yaml_of_a_trainer_parses(path):
             str(RECIPE), argv=["--config", str(path), "--use_cpu", "--bf16", "false"]
         )
         assert recipe.reward_funcs
-        # Full fine-tuning is published for SDAR, and as good for the tiny one.
+        # Full fine-tuning is published for SDAR, and what the tiny one's recipe does.
         assert model_config.use_peft == ("sdar" not in path.name and "block" not in path.name)
         assert args.sampler().max_completion_length == args.max_completion_length
     else:

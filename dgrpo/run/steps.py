@@ -87,9 +87,8 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     # Without an adapter, and without DeepSpeed's float32 copies, updates of weights in bfloat16 round to nothing.
     rounds = not (model_config.use_peft or recipe.adapter_name_or_path or args.deepspeed_plugin)
     family = family_of(name, model_config.model_revision, convert=convert)
-    # Of a family that attends in blocks, and of a conversion into one; elsewhere it is the sampler's alone.
-    in_blocks = convert == "block" or family.block_length is not None
-    block_length = getattr(recipe, "block_length", getattr(args, "block_length", None)) if in_blocks else None
+    # Of the model; that in `args` is the sampler's, and must be the same where the model attends in blocks.
+    block_length = getattr(recipe, "block_length", None)
     if isinstance(args, DiffuGRPOConfig):
         network = load_config(name, model_config.model_revision, convert=convert, block_length=block_length)
         check_blocks(network, args, configured_estimator(args) if args.estimator else None)

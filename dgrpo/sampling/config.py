@@ -146,8 +146,8 @@ class SamplerConfig:
         if self.block_length not in (None, block_length):
             self._refuse(
                 "block_length",
-                f"the model attends in blocks of {block_length} tokens: leave it out, or load the model with "
-                "load_model(block_length=) if its weights were trained so.",
+                f"the model attends in blocks of {block_length} tokens: leave it out. If its weights were "
+                "trained otherwise, say so in its config.json, or with load_model(block_length=).",
             )
         if self.max_completion_length % block_length:
             self._refuse("max_completion_length", f"must be a multiple of the model's block_length={block_length}.")

@@ -93,7 +93,7 @@ CORPORA = {
 def orthogonal(matrices: Tensor) -> Tensor:
     """Muon's five Newton-Schulz iterations on matrices [N, H, W], in float32.
 
-    torch.optim.Muon iterates in bfloat16, which a CPU without it computes some fifty times slower.
+    torch.optim.Muon iterates in bfloat16, which is slow on a CPU that lacks it.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
