@@ -41,6 +41,11 @@ def test_every_preset_lies_over_every_recipe(recipe, tmp_path):
             assert args.diffusion_steps == args.max_completion_length
 
 
+def every_other(completions, **_) -> list[float]:
+    """Spread in each group, whatever was sampled."""
+    return [float(number % 2) for number in range(len(completions))]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_trains_five_steps(preset, tmp_path):
@@ -48,6 +53,7 @@ def test_a_preset_trains_five_steps(preset, tmp_path):
     if preset.stem in BLOCK_PRESETS:
         argv += ["--config", str(ROOT / "recipes" / "gsm8k_block.yaml")]
     argv += ["--num_train_problems", "64", "--num_eval_problems", "8"]
+    argv += ["--reward_funcs", "test_presets:every_other", "--reward_weights", "1"]
     argv += ["--per_device_train_batch_size", "16", "--log_completions", "false", *FITTED.get(preset.stem, [])]
     recipe, args, model_config = parse_recipe(
         str(RECIPE), RecipeConfig, DiffuGRPOConfig, ModelConfig, argv=[*argv, "--disable_tqdm", "true"]

@@ -175,8 +175,8 @@ def test_rcr_hides_the_lowest_recorded_confidences_until_the_scheduled_number_is
     seen = sight([1, 2, 9, 9, 9], [0.0, 0.8, 0, 0, 0], [0.9, 0.9, 0.5, 0.7, 0.6], given=[False, True, *[False] * 3])
     assert remasking.rcr(seen, torch.tensor([1]), None).tolist() == [[9, 2, 9, 23, 24]]
     assert remasking.rcr(seen, torch.tensor([3]), None).tolist() == [[1, 2, 22, 23, 24]]
-    with pytest.raises(ValueError, match="leave threshold and its kin out"):
-        remasking.rcr(seen, None, None)
+    with pytest.raises(ValueError, match=r"^threshold=0.9: .*follows `diffusion_steps`"):
+        SamplerConfig(32, 32, 32, sampler_policy="dgrpo.sampling.remasking:rcr", threshold=0.9)
 
 
 def test_conf_hides_by_the_softmax_of_recorded_probabilities():

@@ -52,6 +52,15 @@ def test_the_stored_settings_are_all_and_can_be_run_again(main, tmp_path):
     assert again[1].to_dict() == asked[1].to_dict()
 
 
+@pytest.mark.parametrize("words", [["--threshold", "none"], ["--threshold=none"]])
+def test_a_recipes_setting_can_be_taken_back(words):
+    assert run.parse_recipe(RECIPE, argv=[])[1].threshold == 0.9
+    args = run.parse_recipe(RECIPE, argv=[*words, "--report_to", "none"])[1]
+    assert (args.threshold, args.cache, args.report_to) == (None, "dual", [])
+    with pytest.raises(ValueError, match="temperature"):
+        run.parse_recipe(RECIPE, argv=["--temperature", "none"])
+
+
 def test_only_the_main_process_writes_the_run_s_files(main, monkeypatch):
     """Eight processes that write one metrics.csv break each other's."""
     monkeypatch.setattr(Accelerator, "is_main_process", False)

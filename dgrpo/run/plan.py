@@ -31,7 +31,7 @@ from dgrpo.run.live import LiveBytes, without_memory
 from dgrpo.run.settings import RecipeConfig, parse_recipe
 from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.sampling import Rollout, SamplerConfig
-from dgrpo.sampling.draw import MAX_DRAW_BYTES
+from dgrpo.sampling.draw import MAX_DRAW_BYTES, draw
 from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS
 from dgrpo.trainers import DiffuGRPOConfig
 from dgrpo.trainers.plugins import configured_estimator
@@ -295,6 +295,14 @@ def activations(build, layers: int, rows: int, tokens: int, asked: int, grad: bo
     return tuple(few + (layers - sizes[0]) * (more - few) for few, more in zip(*found.values(), strict=True))
 
 
+def _drawing(sampler: SamplerConfig, vocab: int) -> float:
+    """Bytes at work while tokens are drawn, per byte of the logits that one chunk draws from."""
+    with LiveBytes(nn.Module()) as live:
+        logits = torch.zeros(2, vocab)
+        draw(logits, torch.rand(2) if sampler.temperature else None, sampler, 0, vocab)
+    return live.peak / (4 * logits.numel()) - 1
+
+
 def memory(build, network: Network, settings: tuple, scoring: Scoring, tokens: int, card_bytes: float = 0) -> dict:
     """Bytes by part, on one process. `card_bytes`: of a GPU, whose chunks are larger than a CPU's."""
     args, model_config, num_gpus, zero = settings
@@ -324,7 +332,7 @@ def memory(build, network: Network, settings: tuple, scoring: Scoring, tokens: i
         heads = config.num_attention_heads
         key_width = (getattr(config, "head_dim", None) or width // heads) * (config.num_key_value_heads or heads)
         cache = 4 * layers * key_width * batch * tokens * (1 if args.bf16 else 2)
-    drawing = 3 * min(max(MAX_DRAW_BYTES, card_bytes // _SHARE_OF_GPU), asked)
+    drawing = _drawing(sampler, vocab) * min(max(MAX_DRAW_BYTES, card_bytes // _SHARE_OF_GPU), asked)
     rollout = max(run(rows=batch, grad=False)[1], asked + drawing) + cache
     kept, peak = run(rows=canvases, grad=True)
     return {

@@ -72,7 +72,8 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
     """The recipe's settings: a YAML, then --preset FILE, then the command line.
 
     The YAML is --config FILE. Without it, the embedded model has that beside the recipe; of which nothing holds for
-    another model, that has the defaults of the classes.
+    another model, that has the defaults of the classes. `--threshold none` takes back a file's `threshold`, and so for
+    every setting that is None by default.
 
     Raises:
         ValueError: a file cannot be read, a setting is unknown or of the wrong type.
@@ -94,6 +95,9 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
         raise ValueError(
             f"{' + '.join(filter(None, files))}: unknown keys {unknown}. Remove them or mend their spelling."
         )
+    for action in parser._actions:
+        if action.default is None and any(_takes_none(argv, option) for option in action.option_strings):
+            settings[action.dest] = None
     parser.error = _refuse  # type: ignore[method-assign]  # argparse prints 223 lines of usage
     for action in parser._actions:
         value = settings.get(action.dest)
@@ -145,6 +149,16 @@ def _option(argv: list[str], name: str) -> str | None:
         if word.startswith(name + "="):
             return argv.pop(index).partition("=")[2]
     return None
+
+
+def _takes_none(argv: list[str], option: str) -> bool:
+    """Whether argv says `option none`, which is then taken out of it."""
+    for index, word in enumerate(argv):
+        words = 1 if word == f"{option}=none" else 2
+        if argv[index : index + words] in ([option, "none"], [f"{option}=none"]):
+            del argv[index : index + words]
+            return True
+    return False
 
 
 def begun_with(recipe: Any, model_config: ModelConfig) -> dict[str, dict[str, Any]]:

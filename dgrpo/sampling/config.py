@@ -120,6 +120,8 @@ class SamplerConfig:
                     "sampler_policy",
                     f"name a function (sight, budget, config{kwargs}) as package.module:function; {error}.",
                 )
+            if rules and getattr(self.policy, "needs_budget", False):
+                refuse(rules[0], f"sampler_policy={self.sampler_policy!r} follows `diffusion_steps`: leave it out.")
         elif self.sampler_policy_kwargs:
             refuse("sampler_policy_kwargs", "needs a sampler_policy that takes them.")
 

@@ -7,7 +7,8 @@ and finished blocks are out of its reach; the last step of a block fills what is
 
 A policy with the attribute `revises = False` is shown open positions only and is done with a row once they are filled.
 Any other is shown the whole block, and asked again until a step leaves a full block as it was, or with
-`persists = True` in each of the block's steps. Further parameters are given by `sampler_policy_kwargs`.
+`persists = True` in each of the block's steps. One with `needs_budget = True` is refused beside a parallel rule.
+Further parameters are given by `sampler_policy_kwargs`.
 
 Shapes: b rows at work, n positions of the current block.
 """

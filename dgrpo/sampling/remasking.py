@@ -97,8 +97,7 @@ def rcr(sight: Sight, budget: Tensor | None, config: SamplerConfig) -> Tensor:
 
     Running confidence remasking (MDPO, arXiv:2508.13148): a token's sureness is its probability when it was written.
     """
-    if budget is None:
-        raise ValueError("sampler_policy='rcr' follows diffusion_steps: leave threshold and its kin out.")
+    assert budget is not None
     filled = sight.tokens.where(sight.is_open, sight.ids)
     return _hide(filled, _recorded(sight), sight.is_open.sum(1) - budget, sight.mask_token_id)
 
@@ -166,3 +165,5 @@ def ancestral(sight: Sight, budget: Tensor | None, config: SamplerConfig) -> Ten
 
 for _policy in (back_loaded, ancestral):
     vars(_policy)["revises"] = False
+for _policy in (remdm_cap, remdm_rescale, remdm_conf, remdm_loop, rcr, redraw, back_loaded, ancestral):
+    vars(_policy)["needs_budget"] = True
