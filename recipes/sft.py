@@ -20,14 +20,13 @@ from trl import ModelConfig
 
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.cli import one_line_errors
+from dgrpo.reliability.checks import check_rows
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, read_rows
-from dgrpo.tasks.columns import PromptColumns
+from dgrpo.tasks.columns import PromptColumns, from_s1k
 from dgrpo.tiny import problems
-from dgrpo.trainers.checks import check_rows
-from dgrpo.trainers.sft import from_s1k
 
 
 @dataclass

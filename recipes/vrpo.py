@@ -16,13 +16,13 @@ from trl import ModelConfig
 from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
 from dgrpo.cli import one_line_errors
 from dgrpo.evaluation.answers import evaluate
+from dgrpo.reliability.checks import check_rows
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
 from dgrpo.tasks import EMBEDDED, gsm8k, load_rows, read_rows
 from dgrpo.tasks.columns import PromptColumns
 from dgrpo.tiny import problems
-from dgrpo.trainers.checks import check_rows
 
 
 @dataclass

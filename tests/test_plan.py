@@ -102,6 +102,8 @@ def test_parts_of_a_cycle_are_counted(recipe):
     # The first step of a rollout shows two prompts, not six rows.
     assert (parts["rollout"].canvases, parts["rollout"].passes) == (2 + 15 * 6, 16)
     assert plan.cycles == 10
+    # Without a block length, that of full attention.
+    assert plan_of(recipe(block_length="none")).parts == plan_of(recipe(block_length=32)).parts
     views = plan_of(recipe(estimator="coupled", views_per_pass=1))
     parts = {part.name: part for part in views.parts}
     assert (parts["updates"].canvases, parts["updates"].passes) == (4 * (2 + 6 + 6), 4 * 3)

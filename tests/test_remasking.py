@@ -10,7 +10,8 @@ from test_sampler_policy import KEYS, without_end
 
 from dgrpo import estimators
 from dgrpo.logprobs import per_token_logps
-from dgrpo.sampling import SamplerConfig, generate, remasking
+from dgrpo.policies import remasking
+from dgrpo.sampling import SamplerConfig, generate
 from dgrpo.sampling.policy import Sight
 
 ROWS = 4000
@@ -176,7 +177,7 @@ def test_rcr_hides_the_lowest_recorded_confidences_until_the_scheduled_number_is
     assert remasking.rcr(seen, torch.tensor([1]), None).tolist() == [[9, 2, 9, 23, 24]]
     assert remasking.rcr(seen, torch.tensor([3]), None).tolist() == [[1, 2, 22, 23, 24]]
     with pytest.raises(ValueError, match=r"^threshold=0.9: .*follows `diffusion_steps`"):
-        SamplerConfig(32, 32, 32, sampler_policy="dgrpo.sampling.remasking:rcr", threshold=0.9)
+        SamplerConfig(32, 32, 32, sampler_policy="dgrpo.policies.remasking:rcr", threshold=0.9)
 
 
 def test_conf_hides_by_the_softmax_of_recorded_probabilities():
@@ -218,7 +219,7 @@ def test_given_tokens_and_finished_blocks_are_never_touched(model, prompts, kwar
     fixed[0, [1, 4, 7]] = torch.tensor([3, 5, 9])
     fixed[1, :6] = 2
     config = SamplerConfig(
-        12, 6, 12, 0.9, sampler_policy=f"dgrpo.sampling.remasking:{name}", sampler_policy_kwargs=kwargs or None
+        12, 6, 12, 0.9, sampler_policy=f"dgrpo.policies.remasking:{name}", sampler_policy_kwargs=kwargs or None
     )
     rollout = generate(without_end(model), *prompts, config, row_keys=KEYS, fixed=fixed)
     given = fixed >= 0
@@ -230,7 +231,7 @@ def test_given_tokens_and_finished_blocks_are_never_touched(model, prompts, kwar
 
 
 def test_settings_of_a_policy_are_checked_with_it():
-    cap = "dgrpo.sampling.remasking:remdm_cap"
+    cap = "dgrpo.policies.remasking:remdm_cap"
     assert SamplerConfig(sampler_policy=cap, sampler_policy_kwargs={"eta": 0.1}).policy.persists
     with pytest.raises(ValueError, match=r"config, \*\*\{'eat': 0.1\}\) as package.module:function;"):
         SamplerConfig(sampler_policy=cap, sampler_policy_kwargs={"eat": 0.1})

@@ -398,7 +398,7 @@ def test_sft_and_vrpo_take_no_toy_settings_and_turn_bf16_on_where_there_is_a_gpu
     assert args.bf16 is False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     fake = type("Args", (), {"bf16": None, "use_cpu": False, "fp16": False})()
-    from dgrpo.trainers.checks import default_to_bf16
+    from dgrpo.reliability.checks import default_to_bf16
 
     default_to_bf16(fake)
     assert fake.bf16 is True

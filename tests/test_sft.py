@@ -9,9 +9,10 @@ from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.estimators import draw_masks
 from dgrpo.noise import stream
 from dgrpo.reliability import manifest
+from dgrpo.reliability.checks import check_model
 from dgrpo.reliability.manifest import resume_checkpoint, whole_checkpoints
-from dgrpo.trainers.checks import check_model
-from dgrpo.trainers.sft import encode, from_s1k
+from dgrpo.tasks.columns import from_s1k
+from dgrpo.trainers.sft import encode
 
 ROWS = [{"prompt": "a b c", "completion": "d e"}, {"prompt": "f", "completion": "g h i j"}]
 

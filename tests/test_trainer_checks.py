@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 
 from dgrpo import DiffuGRPOConfig, MaskedViews, estimators, generate
 from dgrpo.objectives import KL_FORMS
+from dgrpo.reliability.ranges import RANGES
 from dgrpo.trainers import grpo as module
-from dgrpo.trainers.ranges import RANGES
 
 ROWS = {"prompt": PROMPTS}
 

@@ -68,7 +68,7 @@ def test_elbo_is_the_weighted_sum_over_the_pictures(trainer):
     *texts, is_open = run._texts(run.model, batch)
     hidden, weights = draw_masks(is_open, 3, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found = run._log_bound(run.model, *texts, hidden, weights)
+        found = run._log_bound(run.model, texts, (hidden, weights))
         for row in range(4):
             seen = batch["attention_mask"][row]
             ids, expected = batch["input_ids"][row][seen], 0.0
@@ -95,7 +95,7 @@ def test_the_policy_has_no_dropout_that_its_reference_lacks(trainer):
     *texts, is_open = run._texts(run.model, batch)
     masks = draw_masks(is_open, 3, torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert torch.equal(*(run._log_bound(run.model, *texts, *masks) for _ in range(2)))
+        assert torch.equal(*(run._log_bound(run.model, texts, masks) for _ in range(2)))
 
 
 def test_preferences_of_training_and_evaluation_are_logged_apart(trainer):

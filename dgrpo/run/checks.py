@@ -9,7 +9,7 @@ from transformers.integrations import integration_utils
 from trl import ModelConfig, get_peft_config
 
 from dgrpo.models.loading import adapter_settings
-from dgrpo.trainers.ranges import check_range
+from dgrpo.reliability.ranges import check_range
 
 
 def check_folder(output_dir: str | Path) -> None:

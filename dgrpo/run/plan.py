@@ -117,7 +117,7 @@ def on_meta(config: Any, family: Any, dtype: torch.dtype, lora: LoraConfig | Non
 class Network:
     """FLOPs of a model: a multiplication and an addition are two."""
 
-    model: nn.Module
+    model: Any
 
     @property
     def config(self) -> Any:
@@ -174,9 +174,10 @@ def scoring_of(args: DiffuGRPOConfig, prompt_tokens: int, vocab_size: int) -> Sc
     generator = stream("plan")
     group = torch.arange(rows) // args.num_generations
     prompts = torch.randint(1, vocab_size, (rows, prompt_tokens), generator=generator)[group]
-    sampler = args.sampler()
-    order = torch.rand(rows, sampler.num_blocks, args.block_length, generator=generator).argsort(2)
-    each = max(1, args.block_length // sampler.steps_per_block)
+    sampler = args.sampler().of(None)
+    block_length = sampler.max_completion_length // sampler.num_blocks
+    order = torch.rand(rows, sampler.num_blocks, block_length, generator=generator).argsort(2)
+    each = max(1, block_length // sampler.steps_per_block)
     step = order // each + torch.arange(sampler.num_blocks)[:, None] * sampler.steps_per_block
     rollout = Rollout(
         prompt_ids=prompts,
@@ -216,7 +217,8 @@ class Part:
 
 def _rollout(network: Network, config: SamplerConfig, rows: int, groups: int, batch: int, tokens: int) -> Part:
     """The fixed schedule; a parallel rule is counted as if it committed one token at a time."""
-    steps, block, passes, canvases, flops = config.steps_per_block, config.block_length, 0, 0, 0.0
+    steps, block = config.steps_per_block, config.max_completion_length // config.num_blocks
+    passes, canvases, flops = 0, 0, 0.0
     batches = -(-rows // batch)
     for number in range(config.num_blocks):
         is_open = block
@@ -227,7 +229,7 @@ def _rollout(network: Network, config: SamplerConfig, rows: int, groups: int, ba
             shown = groups if first else rows * (2 if config.cfg_scale else 1)
             start = tokens - config.max_completion_length + number * block
             refresh = config.cache is None or step % (config.cache_refresh or steps) == 0
-            window = tokens if refresh else (block if config.cache == "dual" else tokens - start)
+            window: int = tokens if refresh else (block if config.cache == "dual" else tokens - start)
             flops += sum(network.forward(shown, window, block, tokens)) + shown * is_open * network.head()
             passes, canvases = passes + batches, canvases + shown
             is_open -= -(-is_open // (steps - step))
@@ -239,7 +241,7 @@ def cycle(network: Network, args: DiffuGRPOConfig, scoring: Scoring, tokens: int
     length, steps, draws = args.max_completion_length, args.steps_per_generation, args.num_iterations
     rows = args.per_device_train_batch_size * steps
     batch = min(args.rollout_batch_size or rows, rows)
-    parts = [_rollout(network, args.sampler(), rows, -(-rows // args.num_generations), batch, tokens)]
+    parts = [_rollout(network, args.sampler().of(None), rows, -(-rows // args.num_generations), batch, tokens)]
     scored = sum(scoring.positions) * network.head()
     passes, canvases = len(scoring.canvases), sum(scoring.canvases)
     forward = sum(sum(network.forward(rows, tokens, length)) for rows in scoring.canvases) + scored
@@ -324,9 +326,9 @@ def memory(build, network: Network, settings: tuple, scoring: Scoring, tokens: i
     run = partial(activations, build, layers, tokens=tokens, asked=length, bf16=bool(args.bf16))
     # Beside the logits: the expected and the target row of each scored position.
     rows = 2 * positions * width * 4
-    sampler, num_rows = args.sampler(), args.per_device_train_batch_size * args.steps_per_generation
+    sampler, num_rows = args.sampler().of(None), args.per_device_train_batch_size * args.steps_per_generation
     batch = min(args.rollout_batch_size or num_rows, num_rows) * (2 if args.cfg_scale else 1)
-    asked = batch * sampler.block_length * vocab * 4
+    asked = batch * (sampler.block_length or 0) * vocab * 4
     cache = 0
     if sampler.cache:
         heads = config.num_attention_heads
@@ -377,7 +379,7 @@ def plan_of(words: list[str], *, prompt_tokens: int | None = None, num_gpus: int
             f"model_name_or_path={model_config.model_name_or_path!r}: models that attend block by block are not "
             "planned yet."
         )
-    lora = get_peft_config(model_config)
+    lora: Any = get_peft_config(model_config)
     if lora is not None and model_config.lora_target_modules is None:
         lora.target_modules = family.lora_targets
     if lora is not None and args.disable_dropout:

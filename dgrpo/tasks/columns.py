@@ -271,3 +271,16 @@ def own_data_task(
         reference_completion=reference_completion,
         answer_of=lambda text: " ".join(text.split()) or None,
     )
+
+
+def from_s1k(row: dict) -> dict:
+    """prompt and completion of a row of s1K as d1 fine-tunes on it: the trajectory is the reasoning, then the attempt.
+
+    Raises KeyError for rows without `question`, `thinking_trajectories` and `attempt`.
+    """
+    thinking = "\n".join(row["thinking_trajectories"])
+    text = f"<reasoning>\n{thinking}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
+    return {
+        "prompt": [{"role": "user", "content": row["question"]}],
+        "completion": [{"role": "assistant", "content": text}],
+    }

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import trl
 from packaging.version import Version
@@ -9,11 +10,11 @@ from trl import GRPOConfig
 
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import KL_FORMS, LOSS_TYPES, OBJECTIVES, SHARED, facts_of
+from dgrpo.reliability.checks import default_to_bf16
+from dgrpo.reliability.ranges import check_ranges
 from dgrpo.sampling import SamplerConfig
 from dgrpo.secrets import WritesNoSecrets
-from dgrpo.trainers.checks import default_to_bf16
 from dgrpo.trainers.plugins import check_plugins, resolve_objective
-from dgrpo.trainers.ranges import check_ranges
 
 if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
     raise ImportError(
@@ -68,17 +69,17 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     num_iterations: int = field(
         default=12, metadata={"help": "Inner updates (mu) per rollout, each on its own masks."}
     )
-    num_generations: int | None = field(default=6, metadata={"help": "Completions sampled per prompt (G)."})
+    num_generations: int = field(default=6, metadata={"help": "Completions sampled per prompt (G)."})
     temperature: float = field(default=0.9, metadata={"help": "Sampling temperature of the rollouts."})
     disable_dropout: bool = field(
         default=True, metadata={"help": "Without it the ratio is not 1 where the policy has not moved."}
     )
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards read the other columns."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rewards read the other columns."})
 
     max_prompt_length: int | None = field(
         default=None, metadata={"help": "Prompts with more tokens are skipped before training, with a count."}
     )
-    max_completion_length: int | None = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens of the canvas (C)."})
     block_length: int | None = field(
         default=None,
         metadata={"help": "Blocks are denoised from left to right; None: the model's own, 32 with full attention."},
@@ -176,6 +177,15 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     )
     stop_on_collapse: bool = field(default=False, metadata={"help": "End the run there instead of a warning."})
 
+    if TYPE_CHECKING:
+        # What TRL and `__post_init__` leave None nowhere.
+        output_dir: str = ""
+        num_generations_eval: int = 8
+        generation_batch_size: int = 8
+        steps_per_generation: int = 1
+        shuffle_dataset: bool = True
+        chat_template_kwargs: dict[str, Any] | None = None
+
     _VALID_DICT_FIELDS = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "estimator_kwargs",
@@ -200,11 +210,10 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}.")
-        if (self.num_generations or 0) < 2:
+        if self.num_generations < 2:
             raise ValueError(
                 f"num_generations={self.num_generations}: rewards are compared within a group; set at least 2."
             )
-        assert self.num_generations is not None
         if self.whole_groups and self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size}: what a group shares needs it whole; "
@@ -248,8 +257,6 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     @property
     def prompts_per_rollout(self) -> int:
         """Prompts that one rollout takes, over all processes."""
-        assert self.generation_batch_size is not None
-        assert self.num_generations is not None
         return self.generation_batch_size // self.num_generations
 
     def check_num_prompts(self, num_rows: int) -> None:

@@ -9,10 +9,11 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -26,9 +27,9 @@ from dgrpo.models.adapters import adapters_to_float32, check_policy, refuse_16_b
 from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.reliability.checkpoints import ExactResume
+from dgrpo.reliability.checks import check_blocks, context_length
 from dgrpo.reliability.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.sampling import Rollout
-from dgrpo.trainers.checks import check_blocks, context_length
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
@@ -85,6 +86,18 @@ class DiffuGRPOTrainer(GRPOTrainer):
     """
 
     args: DiffuGRPOConfig
+    # As TRL has them once it is built.
+    model: Any
+    train_dataset: Dataset
+    num_generations: int
+    num_generations_eval: int
+    shuffle_dataset: bool
+    _buffered_inputs: Any
+    _entropy_window_stats: Any
+
+    objective: Callable[..., tuple[Tensor, Metrics]]
+    update_guard: UpdateGuard | None = None
+    reward_guard: RewardGuard | None = None
     _tag_names = ["trl", "grpo", "dgrpo"]
 
     def __init__(
@@ -158,7 +171,6 @@ class DiffuGRPOTrainer(GRPOTrainer):
         self.rollout_source = rollout_source or DenoisedRollouts(self.accelerator, args)
         self.rollout_func = self._sample
         self._rows_evaluated = 0
-        self.update_guard = self.reward_guard = None
         if args.max_skipped_updates is not None:
             decode = self._tokenizer.decode
             self.update_guard = UpdateGuard(args.max_skipped_updates, args.output_dir, self.accelerator, decode)
@@ -443,8 +455,8 @@ class DiffuGRPOTrainer(GRPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self._compute_loss(model, inputs)
-        guarded = self.update_guard is not None and self._mode == "train"
-        return self.update_guard.watched(inputs, loss) if guarded else loss
+        guard = self.update_guard if self._mode == "train" else None
+        return loss if guard is None else guard.watched(inputs, loss)
 
     def _compute_loss(self, model, inputs):
         views = MaskedViews(**{name: inputs[name] for name in VIEWS if name in inputs})
@@ -474,6 +486,7 @@ class DiffuGRPOTrainer(GRPOTrainer):
         bonus = {"entropy_coef": self._entropy_coef if self._entropy_bonus_enabled else None} if takes_bonus else {}
         loss, metrics = self.objective(batch, **bonus)
         scored = (weights != 0).any(1)
+        assert batch.entropies is not None
         metrics["entropy"] = torch.stack([(batch.entropies * scored).sum(), scored.sum()])
         if self.beta == 0.0 and batch.ref_logps is not None:
             metrics["kl"] = self._kl_to_reference(batch, scored)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, facts_of, name_of
+from dgrpo.reliability.ranges import check_range
 from dgrpo.sampling import Rollout
-from dgrpo.trainers.ranges import check_range
 from dgrpo.views import MaskedViews
 
 REWARD_GROUP = "dgrpo.rewards"

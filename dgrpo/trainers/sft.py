@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from dgrpo.estimators import draw_masks
 from dgrpo.logprobs import block_length_of, text_passes
 from dgrpo.noise import stream
 from dgrpo.reliability.checkpoints import WholeCheckpoints
+from dgrpo.reliability.checks import check_model, check_rows, context_length, default_to_bf16
+from dgrpo.reliability.ranges import check_ranges
 from dgrpo.secrets import WritesNoSecrets
-from dgrpo.trainers.checks import check_model, check_rows, context_length, default_to_bf16
-from dgrpo.trainers.ranges import check_ranges
 
 logger = logging.get_logger(__name__)
 
@@ -39,9 +39,11 @@ _REFUSED = {
 class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
     """transformers' TrainingArguments and what masked fine-tuning adds."""
 
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; default: where there is a GPU."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # transformers says bool and reads None too
+        default=None, metadata={"help": "Compute in bfloat16; default: where there is a GPU."}
+    )
     learning_rate: float = field(default=1e-5)
-    remove_unused_columns: bool | None = field(default=False)
+    remove_unused_columns: bool = field(default=False)
     max_length: int = field(
         default=4096,
         metadata={"help": "Longest prompt + completion in tokens; longer rows are skipped, with a count."},
@@ -98,20 +100,7 @@ class MaskedSFTConfig(WritesNoSecrets, TrainingArguments):
         super().__post_init__()
 
 
-def from_s1k(row: dict) -> dict:
-    """prompt and completion of a row of s1K as d1 fine-tunes on it: the trajectory is the reasoning, then the attempt.
-
-    Raises KeyError for rows without `question`, `thinking_trajectories` and `attempt`.
-    """
-    thinking = "\n".join(row["thinking_trajectories"])
-    text = f"<reasoning>\n{thinking}\n</reasoning>\n<answer>\n{row['attempt']}\n</answer>"
-    return {
-        "prompt": [{"role": "user", "content": row["question"]}],
-        "completion": [{"role": "assistant", "content": text}],
-    }
-
-
-def encode(row: dict, tokenizer: PreTrainedTokenizerBase, completion_canvas: int = 0) -> dict[str, list[int]]:
+def encode(row: dict, tokenizer: Any, completion_canvas: int = 0) -> dict[str, list[int]]:
     """Token ids of one row's `prompt` and `completion` (strings, or lists of messages), the completion with its EOS.
 
     The prompt ends where the model starts to write: behind the header of the assistant's turn.
@@ -184,6 +173,9 @@ class MaskedSFTTrainer(Trainer):
     """
 
     columns: tuple[str, ...] = ("prompt", "completion")
+    args: MaskedSFTConfig
+    model: nn.Module
+    processing_class: Any
 
     def __init__(self, model, args: MaskedSFTConfig, train_dataset, processing_class, eval_dataset=None, **kwargs):
         if kwargs.get("compute_metrics") is not None:
@@ -223,7 +215,7 @@ class MaskedSFTTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     @staticmethod
-    def _encode(dataset, tokenizer, args: MaskedSFTConfig, max_length: int):
+    def _encode(dataset, tokenizer, args: Any, max_length: int):
         settings = {"tokenizer": tokenizer, "completion_canvas": args.completion_canvas}
         encoded = dataset.map(encode, fn_kwargs=settings, remove_columns=dataset.column_names)
         return fitting(encoded, max_length)
@@ -284,8 +276,9 @@ class MaskedSFTTrainer(Trainer):
             complementary=self.args.complementary,
         )
 
-    def _log_bound(self, model, input_ids: Tensor, mask: Tensor | None, hidden: Tensor, weights: Tensor) -> Tensor:
+    def _log_bound(self, model, texts: tuple[Tensor, Tensor | None], views: tuple[Tensor, Tensor]) -> Tensor:
         """The weighted sum over views and tokens of log p, [B]; each view has a pass of its own."""
+        (input_ids, mask), (hidden, weights) = texts, views
         passes, answers = text_passes(model, input_ids, mask, hidden, self.processing_class.mask_token_id)
         total = weights.new_zeros(len(input_ids))
         for answer, scores, weight in zip(answers, model(passes=passes), weights.unbind(1), strict=True):
@@ -301,7 +294,7 @@ class MaskedSFTTrainer(Trainer):
             weights = hidden / hidden.sum()
         else:
             weights = weights / (is_open.sum(1)[:, None, None] * len(input_ids))
-        loss = -self._log_bound(model, input_ids, mask, hidden, weights).sum()
+        loss = -self._log_bound(model, (input_ids, mask), (hidden, weights)).sum()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -54,7 +55,7 @@ class VRPOTrainer(MaskedSFTTrainer):
         self._preferences: dict[str, list[float]] = {}
 
     @staticmethod
-    def _encode(dataset, tokenizer, args: VRPOConfig, max_length: int):
+    def _encode(dataset, tokenizer, args: Any, max_length: int):
         def both(row: dict) -> dict:
             sides: dict[str, list[int]] = {}
             for side in ("chosen", "rejected"):
@@ -75,11 +76,11 @@ class VRPOTrainer(MaskedSFTTrainer):
         return use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        *texts, is_open = self._texts(model, inputs)
-        views = self._draw(model, is_open, self.args.num_samples)
+        input_ids, mask, is_open = self._texts(model, inputs)
+        texts, views = (input_ids, mask), self._draw(model, is_open, self.args.num_samples)
         with self._as_reference(), torch.no_grad():
-            reference = self._log_bound(model, *texts, *views)
-        gains = self.args.beta * (self._log_bound(model, *texts, *views) - reference)
+            reference = self._log_bound(model, texts, views)
+        gains = self.args.beta * (self._log_bound(model, texts, views) - reference)
         chosen, rejected = gains.chunk(2)
         loss = -F.logsigmoid(chosen - rejected).mean()
         found = {"accuracy": (chosen > rejected).float().mean(), "margin": (chosen - rejected).mean()}

@@ -1,6 +1,6 @@
 """Sampler policies that hide committed tokens again, and those that they are to be compared with.
 
-    --sampler_policy dgrpo.sampling.remasking:remdm_cap --sampler_policy_kwargs '{"eta": 0.1}'
+    --sampler_policy dgrpo.policies.remasking:remdm_cap --sampler_policy_kwargs '{"eta": 0.1}'
 
 Each takes one pass a step, as many as `diffusion_steps` says, and none touches given tokens, the prompt or finished
 blocks. What they gain over even steps is mostly a matter of schedule: compare with `back_loaded` and `ancestral` at
