@@ -299,6 +299,7 @@ def test_results_that_the_tests_did_not_write_do_not_count():
 @pytest.mark.slow
 def test_a_row_whose_reference_takes_long_is_given_more_time(monkeypatch):
     monkeypatch.setattr(rewards_programs, "LIMITS", sandbox.Limits(cpu_seconds=1))
-    slow = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return 2"
-    assert scores({"row": (slow, EXPECTED)}) == {"row": 0.0}
-    assert scores({"row": (slow, EXPECTED)}, [slow]) == {"row": 1.0}
+    slow = "import time\ndef f(x):\n    while time.process_time() < {}: pass\n    return 2"
+    endless, takes_long = slow.format("float('inf')"), slow.format(2.5)
+    assert scores({"row": (endless, EXPECTED)}) == {"row": 0.0}
+    assert scores({"row": (takes_long, EXPECTED)}, [takes_long]) == {"row": 1.0}

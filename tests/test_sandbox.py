@@ -101,6 +101,20 @@ def test_endless_work_ends_at_the_limit_of_cpu_time(mode):
     assert not outcome.timed_out
 
 
+@pytest.mark.slow
+def test_endless_work_ends_where_the_kernel_does_not_count_it(monkeypatch):
+    sandbox.layers()
+    sandbox.close_parents()
+    read, limit = Path.read_text, '(limits["cpu_seconds"], limits["cpu_seconds"] + 1)'
+    assert limit in read(PROJECT / "rewards/sandbox/confine.py")
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: read(path, *args).replace(limit, "(-1, -1)"))
+    try:
+        outcome = run("while True: pass", Limits(cpu_seconds=1, idle_seconds=600))
+    finally:
+        sandbox.close_parents()
+    assert (outcome.exit_code, outcome.timed_out) == (-signal.SIGKILL, False)
+
+
 def test_sleep_ends_at_the_limit_of_idle_time(mode):
     assert run("import time\ntime.sleep(600)", Limits(idle_seconds=0.5)).timed_out
     many_short = "import time\nwhile True: time.sleep(0.001)"
