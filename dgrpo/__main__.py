@@ -249,6 +249,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--min_commit", type=int, default=1, help="with one of these four rules: at least so many tokens a step")
     add("--sampler_policy", help="what a step writes: package.module:function")
     add("--sampler_policy_kwargs", type=json.loads, help="its settings, as JSON")
+    add("--compile_rollouts", help="compile a step's layers: inductor, cudagraphs or eager; exact")
 
 
 def yes_or_no(text: str) -> bool:

@@ -91,6 +91,7 @@ def samplers(
                 threshold=arguments.threshold,
                 sampler_policy=arguments.sampler_policy,
                 sampler_policy_kwargs=arguments.sampler_policy_kwargs,
+                compile_rollouts=arguments.compile_rollouts,
             )
         )
     return configs
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
     parser.add_argument("--sampler_policy", help="What a denoising step writes: package.module:function.")
     parser.add_argument("--sampler_policy_kwargs", type=json.loads, help="Settings of the policy, as JSON.")
+    parser.add_argument("--compile_rollouts", help="Compile a step's layers: inductor, cudagraphs or eager; exact.")
     parser.add_argument("--samples", type=int, default=1, help="Completions of each problem; above 1: pass@k.")
     parser.add_argument(
         "--select",

@@ -65,6 +65,9 @@ class SamplerConfig:
     # `dgrpo.sampling.policy`); None: `commit`, by the settings above. It has `diffusion_steps` steps, rules or not.
     sampler_policy: str | Callable | None = None
     sampler_policy_kwargs: dict | None = None
+    # Compile the layers for the shapes of a denoising step (see `dgrpo.sampling.compiled`): "inductor" fuses kernels,
+    # "cudagraphs" also records them, "eager" only traces. Exact; the first passes of each shape take minutes.
+    compile_rollouts: Literal["inductor", "cudagraphs", "eager"] | None = None
 
     def __post_init__(self):
         refuse = self._refuse
@@ -124,6 +127,12 @@ class SamplerConfig:
                 refuse(rules[0], f"sampler_policy={self.sampler_policy!r} follows `diffusion_steps`: leave it out.")
         elif self.sampler_policy_kwargs:
             refuse("sampler_policy_kwargs", "needs a sampler_policy that takes them.")
+        if self.compile_rollouts not in (None, "inductor", "cudagraphs", "eager"):
+            refuse("compile_rollouts", "choose inductor, cudagraphs or eager, or leave it out.")
+        if self.compile_rollouts and self.cache in ("prefix", "recompute"):
+            refuse(
+                "compile_rollouts", f"cache={self.cache!r} has other shapes in each block; take cache=dual or none."
+            )
 
     def _refuse(self, field: str, remedy: str):
         raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgrpo.sampling.compiled import CompiledNetwork
 from dgrpo.sampling.config import SamplerConfig
 from dgrpo.sampling.denoise import Denoiser, evaluating
 from dgrpo.sampling.network import Network
@@ -65,7 +66,7 @@ def generate(
         ValueError: What cannot be sampled, by name, value and remedy.
     """
     block_length = getattr(model, "block_length", None)
-    config = config.of(block_length)
+    config, width = config.of(block_length), config.max_completion_length
     num_rows, device = len(prompt_ids), prompt_ids.device
     for name, given in {"prompt_mask": prompt_mask, "fixed": fixed, "group": group}.items():
         if given is not None and given.device != device:
@@ -97,7 +98,7 @@ def generate(
         group = _same_prompt_groups(prompt_ids, prompt_mask)
     prompt_tail = group.new_zeros(num_rows)
     if block_length is not None:
-        words, width = blank != model.config.mask_token_id, config.max_completion_length
+        words = blank != model.config.mask_token_id
         prompt_ids, prompt_mask, blank, prompt_tail = align(
             prompt_ids, prompt_mask, blank, block_length, width, int(end_ids[0])
         )
@@ -117,7 +118,7 @@ def generate(
         for rows in order.split(batch_size):
             skip = prompt_ids.shape[1] - int(lengths[rows].max())
             canvas = torch.cat([prompt_ids[rows, skip:], blank[rows]], 1)
-            network = Network(model, config, canvas.shape[1] - config.max_completion_length)
+            network = (CompiledNetwork if config.compile_rollouts else Network)(model, config, canvas.shape[1] - width)
             part = Denoiser(
                 network, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, prompt_tail[rows], any_rank
             )

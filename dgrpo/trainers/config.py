@@ -99,6 +99,9 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         default=None, metadata={"help": "What a denoising step writes: package.module:function; None: as set above."}
     )
     sampler_policy_kwargs: dict | str | None = field(default=None, metadata={"help": "Settings of the policy."})
+    compile_rollouts: str | None = field(
+        default=None, metadata={"help": "Compile a step's layers: 'inductor', 'cudagraphs' or 'eager'; exact."}
+    )
     merge_adapter_for_rollouts: bool = field(
         default=False,
         metadata={"help": "Fold the adapter into the base weights while rollouts are sampled; takes a copy of them."},

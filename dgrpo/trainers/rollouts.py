@@ -41,10 +41,12 @@ class DenoisedRollouts:
         self._distributed = DistributedBackend(accelerator)
         fsdp = getattr(accelerator.state, "fsdp_plugin", None) is not None
         deepspeed = accelerator.state.deepspeed_plugin
-        if args.merge_adapter_for_rollouts and (fsdp or (deepspeed is not None and deepspeed.zero_stage == 3)):
-            raise ValueError(
-                "merge_adapter_for_rollouts=True: under ZeRO-3 and FSDP the base weights are in pieces; leave it off."
-            )
+        for name in ("merge_adapter_for_rollouts", "compile_rollouts"):
+            value = getattr(args, name)
+            if value and (fsdp or (deepspeed is not None and deepspeed.zero_stage == 3)):
+                raise ValueError(
+                    f"{name}={value}: under ZeRO-3 and FSDP the base weights are in pieces; leave it off."
+                )
         # Weights that stay partitioned are gathered at each pass: all processes must then pass equally often.
         self._any_rank = self.any_process if fsdp or not args.ds3_gather_for_generation else bool
 
