@@ -16,7 +16,7 @@ MODES = {
     "guidance": {"cfg_scale": 1.0},
     # Rows leave within a block.
     "threshold": {"threshold": 0.15},
-    "policy": {"sampler_policy": "dgrpo.sampling.remasking:rcr"},
+    "policy": {"sampler_policy": "dgrpo.policies.remasking:rcr"},
 }
 FAMILIES = ["dream", "sdar", "a2d-qwen3"]
 PADDING = torch.tensor([0, 2, 0, 4, 60, 5])
