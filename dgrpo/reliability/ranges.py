@@ -13,7 +13,8 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "max_completion_length generation_batch_size steps_per_generation num_iterations ref_model_sync_steps "
         "max_prompt_length block_length diffusion_steps cache_refresh rollout_batch_size views_per_pass "
         "max_skipped_updates max_failed_rollouts eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb "
-        "ddp_timeout dataloader_prefetch_factor max_length log_kl_every lora_r",
+        "ddp_timeout dataloader_prefetch_factor max_length log_kl_every lora_r "
+        "save_total_limit num_examples",
     ),
     (
         "must be a positive finite number",

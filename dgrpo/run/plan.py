@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from trl import ModelConfig, get_peft_config
 
@@ -106,7 +107,10 @@ def on_meta(config: Any, family: Any, dtype: torch.dtype, lora: LoraConfig | Non
         finally:
             torch.set_default_dtype(before)
         if lora is not None:
-            model = get_peft_model(model, lora)
+            try:
+                model = get_peft_model(model, lora)
+            except NoMatchingPeftModuleError as error:
+                raise ValueError(f"lora_target_modules={lora.target_modules}: the model has none of them.") from error
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

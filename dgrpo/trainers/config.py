@@ -39,6 +39,10 @@ _REFUSED = {
     "transformers_continuous_batching_config": (None, "rollouts are denoised by dgrpo's own sampler"),
     "max_tool_calling_iterations": (None, "a denoised completion cannot wait for a tool"),
     "pad_to_multiple_of": (("auto", None), "views are drawn on the canvas as it is"),
+    "model_init_kwargs": (
+        None,
+        "the model is loaded before the trainer; set dtype, attn_implementation, ... themselves",
+    ),
     "trust_remote_code": (False, "no family runs code of its checkpoint"),
     "label_smoothing_factor": (0.0, "the loss has no labels"),
     "neftune_noise_alpha": (None, "noise in the embeddings moves the ratio where the policy has not moved"),
