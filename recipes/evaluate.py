@@ -11,7 +11,7 @@ in d1's JSON format, results.json and accuracy.png. --resume continues an interr
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
@@ -33,6 +33,7 @@ from dgrpo.run.checks import check_folder
 from dgrpo.run.own_data import task_of_run
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
+from dgrpo.sampling.config import Remasking
 from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, TASKS, Task, load_rows
 
 PROTOCOLS = ("strict", "d1")
@@ -88,7 +89,12 @@ def samplers(
                 block,
                 steps,
                 arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                remasking=arguments.remasking,
                 threshold=arguments.threshold,
+                entropy_sum=arguments.entropy_sum,
+                min_commit=arguments.min_commit,
                 sampler_policy=arguments.sampler_policy,
                 sampler_policy_kwargs=arguments.sampler_policy_kwargs,
                 compile_rollouts=arguments.compile_rollouts,
@@ -197,6 +203,11 @@ def main() -> None:
     parser.add_argument("--num_problems", type=whole, help="Default: all; of generated or undivided ones 512.")
     parser.add_argument("--lengths", nargs="+", type=whole, help="Tokens; default: 128 256 512.")
     parser.add_argument("--threshold", type=float, help="Commit every token at least this probable in a step.")
+    parser.add_argument("--entropy_sum", type=float, help="SDAR's sum of entropies in nats, with remasking entropy.")
+    parser.add_argument("--min_commit", type=whole, default=1, help="With one of these two: at least so many a step.")
+    parser.add_argument("--remasking", choices=get_args(Remasking), default="low_confidence", help="Their order.")
+    parser.add_argument("--top_k", type=int, default=0, help="Draw from the k most likely words; 0: all.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the fewest words with this share; 1: all.")
     parser.add_argument("--block_length", type=whole, help="Default: the model's own, or 32.")
     parser.add_argument("--diffusion_steps", type=whole, help="Default: half as many as tokens.")
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")

@@ -75,6 +75,8 @@ WRONG = [
     ("threshold", 0.0, "must be a positive finite number, or null"),
     ("factor", -1.0, "must be a positive finite number, or null"),
     ("entropy_bound", -1.0, "must be 0 or a positive finite number"),
+    ("entropy_sum", 0.0, "must be a positive finite number, or null"),
+    ("min_commit", 0, "must be a positive whole number"),
 ]
 
 
@@ -104,6 +106,8 @@ def test_wrong_settings_are_refused_by_name_value_and_remedy(config, setting, va
         ({"objective": "wd1"}, r"beta=0.04 with objective=.wd1.: it has no KL term; set beta to 0"),
         ({"stop_on_collapse": True, "collapse_window": 0}, r"stop_on_collapse=True with collapse_window=0"),
         ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one"),
+        ({"threshold": 0.9, "entropy_sum": 1.0}, r"threshold=0.9: set only one"),
+        ({"min_commit": 2}, r"min_commit=2: needs one of"),
         ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),
         ({"estimator": "elbo"}, r"estimator='elbo' with importance_sampling_level='token'"),
     ],
