@@ -14,7 +14,7 @@ from dgrpo.models import ScoringPass, attention, load_model
 from dgrpo.models.blocks import BlockPast
 
 B, P, C, N, MASK = 4, 8, 12, 3, published.NUM_WORDS - 1
-KINDS = {"sdar": {}, "llada2": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
+KINDS = {"sdar": {}, "llada2": {}, "sdar_moe": {}, "fast_dllm": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
 
 
 @pytest.fixture(scope="module")
