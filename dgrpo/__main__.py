@@ -11,12 +11,25 @@
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from dgrpo import __version__
-from dgrpo.cli import CARDS, RECIPES, TRAINABLE, found_file, one_line_errors, run_recipe
+from dgrpo.cli import (
+    CARDS,
+    DTYPES,
+    RECIPES,
+    TRAINABLE,
+    Parser,
+    found_file,
+    mapping,
+    named,
+    one_line_errors,
+    positive_number,
+    run_recipe,
+    seed,
+    whole,
+)
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 
@@ -35,10 +48,11 @@ docs/settings.md says which ones matter.
 """
 
 
-def loaded(arguments: argparse.Namespace) -> tuple:
-    """The model that the arguments name, with its tokenizer, on its device."""
+def chosen(arguments: argparse.Namespace) -> tuple:
+    """The checkpoint that the arguments name, and its sampler; refused before the time that loading a model takes."""
+    import torch
+
     from dgrpo.evaluation.checkpoints import NO_ADAPTER, checkpoints
-    from dgrpo.models import load_model
     from dgrpo.run.callbacks import no_bars_without_a_terminal
     from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
     from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, gsm8k
@@ -47,18 +61,29 @@ def loaded(arguments: argparse.Namespace) -> tuple:
     folders = {name: embedded_checkpoint(gsm8k.TASK, name) for name in EMBEDDED_MODELS}
     models = [str(folders.get(arguments.model, arguments.model))] if arguments.model else []
     adapters = [arguments.adapter] if arguments.adapter not in (None, NO_ADAPTER) else []
-    [chosen] = checkpoints(models, adapters, folders[EMBEDDED])
-    if embedded := Path(chosen.model).parent in {folder.parent for folder in folders.values()}:
+    [checkpoint] = checkpoints(models, adapters, folders[EMBEDDED])
+    if embedded := Path(checkpoint.model).parent in {folder.parent for folder in folders.values()}:
         default_to_one_thread()
-    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
-    model, tokenizer = load_model(chosen.model, dtype, adapter=chosen.adapter)
     # The embedded models are trained on canvases of this length.
     arguments.max_completion_length = arguments.max_completion_length or (16 if embedded else 128)
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={arguments.device!r}: {str(error).splitlines()[0]}") from error
+    return checkpoint, sampler(arguments)
+
+
+def loaded(arguments: argparse.Namespace, checkpoint) -> tuple:
+    """Model and tokenizer of a checkpoint, on the device."""
+    from dgrpo.models import load_model
+
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    model, tokenizer = load_model(checkpoint.model, dtype, adapter=checkpoint.adapter)
     return model.to(arguments.device), tokenizer
 
 
 def sampler(arguments: argparse.Namespace):
-    """The sampler that the arguments describe; call it when the model is loaded."""
+    """The sampler that the arguments describe."""
     from dgrpo.sampling import SamplerConfig
 
     arguments.diffusion_steps = arguments.diffusion_steps or arguments.max_completion_length
@@ -75,15 +100,19 @@ def watch(arguments: argparse.Namespace) -> None:
     from dgrpo.sampling import generate
     from dgrpo.tasks import prompt_messages
 
-    model, tokenizer = loaded(arguments)
-    if arguments.rollout:
-        rollout = load_rollout(arguments.rollout)
-    else:
+    checkpoint, config = chosen(arguments)
+    rollout = load_rollout(arguments.rollout) if arguments.rollout else None
+    for name in ("save", "html", "gif"):
+        path = getattr(arguments, name)
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ValueError(f"{name}={path!r}: no file can be written there; name one in a folder that exists.")
+    model, tokenizer = loaded(arguments, checkpoint)
+    if rollout is None:
         messages = prompt_messages(arguments.prompt, "")
         prompt_ids, prompt_mask = encode_prompts(tokenizer, [messages], torch.device(arguments.device))
         generator = torch.Generator().manual_seed(arguments.seed)
         with as_in_training(model):
-            rollout = generate(model, prompt_ids, prompt_mask, sampler(arguments), generator=generator)
+            rollout = generate(model, prompt_ids, prompt_mask, config, generator=generator)
     if arguments.save:
         save_rollout(arguments.save, rollout)
     if arguments.html:
@@ -98,11 +127,12 @@ def chat(arguments: argparse.Namespace) -> None:
     """Answers what is typed, line after line."""
     from dgrpo.player.chat import chat
 
-    model, tokenizer = loaded(arguments)
+    checkpoint, config = chosen(arguments)
+    model, tokenizer = loaded(arguments, checkpoint)
     chat(
         model,
         tokenizer,
-        sampler(arguments),
+        config,
         system_prompt=arguments.system_prompt,
         seed=arguments.seed,
         steps_per_second=arguments.speed,
@@ -124,17 +154,19 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError("temperature=0.0 gives the same completion in every sample; set --temperature above 0.")
     columns = PromptColumns(arguments.prompt_column, arguments.system_prompt, arguments.prompt_format)
     rows = prompt_rows(arguments.prompts)
-    model, tokenizer = loaded(arguments)
-    config = sampler(arguments)
+    for row in rows:
+        columns.prompt_of(row)  # which refuses what cannot be asked
+    checkpoint, config = chosen(arguments)
     settings = output_settings(
         rows,
-        model=fingerprint(model.config.name_or_path),
+        model=fingerprint(checkpoint.model),
         adapter=arguments.adapter and fingerprint(arguments.adapter),
         sampler=asdict(config),
         columns=asdict(columns),
         **{name: getattr(arguments, name) for name in ("seed", "dtype", "samples", "chat_template_kwargs")},
     )
     output = Output(arguments.output, settings, resume=arguments.resume)
+    model, tokenizer = loaded(arguments, checkpoint)
     total = len(rows) * arguments.samples
     with tqdm(total=total, unit="completion", disable=not (arguments.output and sys.stderr.isatty())) as bar:
         complete(
@@ -163,6 +195,9 @@ def report(arguments: argparse.Namespace) -> None:
     """Writes the page of a run again; on request its curves as an image, which takes seconds to import and draw."""
     from dgrpo.report.data import write_curves, write_report
 
+    files = ("config.yaml", "metrics.csv", "summary.json")
+    if arguments.folder.is_dir() and not any((arguments.folder / name).is_file() for name in files):
+        raise ValueError(f"run_dir={str(arguments.folder)!r}: there is no run here, none of {', '.join(files)}.")
     print(write_report(arguments.folder))
     if arguments.png:
         print(write_curves(arguments.folder))
@@ -201,17 +236,10 @@ def check_rows(arguments: argparse.Namespace) -> None:
     print(f"{result}{f'; see {arguments.left_out}' if result.left_out else ''}")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def add_conversation(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how a prompt is put to the model."""
     parser.add_argument("--system_prompt", help="system message of each conversation that has none")
-    parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}')
+    parser.add_argument("--chat_template_kwargs", type=mapping, help='JSON, such as {"enable_thinking": false}')
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -219,18 +247,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
+        type=named,
         help="hub name or folder; default: what the adapter was trained on, or the tiny 'embedded' ('embedded-block')",
     )
-    add("--adapter", help="a trained adapter to put on top")
-    add("--dtype", help="of the weights; default: float32 on a CPU, else bfloat16")
+    add("--adapter", type=named, help="a trained adapter to put on top")
+    add("--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else bfloat16")
     add("--device", default="cpu", help="cpu or cuda")
     add = parser.add_argument_group("sampler").add_argument
     tokens = "tokens of the completion; default: 128, of the embedded models 16"
-    add("--max_completion_length", "--length", type=positive, help=tokens)
-    add("--block_length", type=positive, help="tokens of a block; default: the model's own, or at most 32")
-    add("--diffusion_steps", "--steps", type=positive, help="denoising steps; default: one for each token")
+    add("--max_completion_length", "--length", type=whole, help=tokens)
+    add("--block_length", type=whole, help="tokens of a block; default: the model's own, or at most 32")
+    add("--diffusion_steps", "--steps", type=whole, help="denoising steps; default: one for each token")
     add("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    add("--seed", type=int, default=0, help="of the noise at a temperature above 0")
+    add("--seed", type=seed, default=0, help="of the noise at a temperature above 0")
     add("--top_k", type=int, default=0, help="draw from the k most likely words; 0: all")
     add("--top_p", type=float, default=1.0, help="draw from the fewest words with this share; 1: all")
     add(
@@ -248,21 +277,21 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--entropy_sum", type=float, help="SDAR's sum of entropies in nats")
     add("--min_commit", type=int, default=1, help="with one of these four rules: at least so many tokens a step")
     add("--sampler_policy", help="what a step writes: package.module:function")
-    add("--sampler_policy_kwargs", type=json.loads, help="its settings, as JSON")
+    add("--sampler_policy_kwargs", type=mapping, help="its settings, as JSON")
     add("--compile_rollouts", help="compile a step's layers: inductor, cudagraphs or eager; exact")
 
 
 def yes_or_no(text: str) -> bool:
     """A truth value as settings of `dgrpo train` are written."""
     if text.lower() not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of everything that is not read by a recipe itself."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("dgrpo", allow_abbrev=False, description=__doc__, formatter_class=plain)
+    parser = Parser("dgrpo", allow_abbrev=False, description=__doc__, formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"dgrpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -283,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
     watching.add_argument("--save", help="store the rollout in this file")
     watching.add_argument("--html", help="write a self-contained page with a slider over the steps")
     watching.add_argument("--gif", help="write an animated image")
-    watching.add_argument("--speed", type=float, default=8.0, help="steps a second")
+    watching.add_argument("--speed", type=positive_number, default=8.0, help="steps a second")
     add_sampling(watching)
     watching.set_defaults(run=watch)
 
@@ -298,8 +327,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generating.add_argument("--output", help="file of JSON lines to write; default: standard output")
     generating.add_argument("--resume", action="store_true", help="continue the file where a run was cut off")
-    generating.add_argument("--samples", type=positive, default=1, help="completions of each prompt")
-    generating.add_argument("--batch_size", type=positive, default=16, help="completions sampled at a time")
+    generating.add_argument("--samples", type=whole, default=1, help="completions of each prompt")
+    generating.add_argument("--batch_size", type=whole, default=16, help="completions sampled at a time")
     generating.add_argument("--prompt_column", help="field with a text or messages; default: prompt, or messages")
     generating.add_argument(
         "--prompt_format", choices=["chat", "plain"], default="chat", help="plain: texts without the chat template"
@@ -309,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
     generating.set_defaults(run=generate)
 
     chatting = commands.add_parser("chat", allow_abbrev=False, help="talk with a model, and watch it write")
-    chatting.add_argument("--speed", type=float, default=8.0, help="steps a second of what is played")
+    chatting.add_argument("--speed", type=positive_number, default=8.0, help="steps a second of what is played")
     add_conversation(chatting)
     add_sampling(chatting)
     chatting.set_defaults(run=chat)
@@ -320,9 +349,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="a task's name, or package.module:TASK; of 'grpo' further settings are those of `dgrpo train grpo`",
     )
-    checking.add_argument("--dataset", help="as of `dgrpo train`; default: the task's own")
-    checking.add_argument("--reward_funcs", nargs="+", help="default: the task's own grader")
-    checking.add_argument("--num_train_problems", type=int, help="check only so many rows")
+    checking.add_argument("--dataset", type=named, help="as of `dgrpo train`; default: the task's own")
+    checking.add_argument("--reward_funcs", nargs="+", type=named, help="default: the task's own grader")
+    checking.add_argument("--num_train_problems", type=whole, help="check only so many rows")
     checking.add_argument("--left_out", default="left_out.jsonl", help="where rows that fail are written")
     checking.set_defaults(run=check_rows)
 
@@ -335,9 +364,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     planning.add_argument("--config", required=True, help="a recipe's YAML, or its name among the recipes")
     planning.add_argument("--card", default="h100", choices=CARDS, help="the GPU")
-    planning.add_argument("--gpus", type=int, default=1, help="processes, each with a GPU")
+    planning.add_argument("--gpus", type=whole, default=1, help="processes, each with a GPU")
     planning.add_argument("--zero", type=int, default=0, choices=(0, 2, 3), help="DeepSpeed's stage")
-    planning.add_argument("--prompt_tokens", type=int, help="default: max_prompt_length, or 200")
+    planning.add_argument("--prompt_tokens", type=whole, help="default: max_prompt_length, or 200")
     planning.set_defaults(run=plan)
 
     comparing = commands.add_parser("compare", help="a table and curves of several runs, seeds as bands")

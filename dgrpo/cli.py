@@ -1,6 +1,9 @@
 """The recipes under short names: `dgrpo train gsm8k` runs recipes/gsm8k.py as `python recipes/gsm8k.py` would."""
 
+import argparse
 import contextlib
+import json
+import math
 import os
 import runpy
 import sys
@@ -8,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dgrpo.secrets import without_secrets
 
@@ -17,6 +21,8 @@ RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "re
 
 # From the folder, not from the tasks: `dgrpo --help` should not import them.
 TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not in ("evaluate", "merge")]
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 # How long the other processes of a machine leave it to the first one to say what is wrong.
 SECONDS_FOR_THE_FIRST = 10.0
@@ -32,6 +38,49 @@ CARDS = {
     "rtx4090": (24, 165),
     "rtx3090": (24, 71),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line; the usage is in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`.\n")
+
+
+def whole(text: str, least: int = 1, most: float = math.inf) -> int:
+    """The type of an argument: a whole number of at least 1."""
+    with contextlib.suppress(ValueError):
+        if least <= int(text) <= most:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+
+
+def seed(text: str) -> int:
+    """The type of an argument: a seed."""
+    return whole(text, 0, 2**32 - 1)
+
+
+def positive_number(text: str) -> float:
+    """The type of an argument: a number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """The type of an argument: a mapping as JSON."""
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON, such as '{{\"a\": 1}}'")
+
+
+def named(text: str) -> str:
+    """The type of an argument: a name, a file or a folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name one, or leave the argument out")
+    return text
 
 
 @contextlib.contextmanager

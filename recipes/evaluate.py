@@ -9,16 +9,15 @@ in d1's JSON format, results.json and accuracy.png. --resume continues an interr
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from dgrpo.cli import one_line_errors
+from dgrpo.cli import DTYPES, Parser, mapping, named, one_line_errors, seed, whole
 from dgrpo.evaluation.answers import processes
 from dgrpo.evaluation.checkpoints import Checkpoint, checkpoints, evaluate_checkpoint
 from dgrpo.evaluation.d1 import D1
@@ -30,9 +29,11 @@ from dgrpo.models.loading import load_config
 from dgrpo.report.run_folder import read_config
 from dgrpo.run.allocator import keep_freed_memory
 from dgrpo.run.callbacks import no_bars_without_a_terminal, shows_bars
+from dgrpo.run.checks import check_folder
 from dgrpo.run.own_data import task_of_run
 from dgrpo.run.steps import default_to_one_thread, embedded_checkpoint
 from dgrpo.sampling import SamplerConfig
+from dgrpo.sampling.config import Remasking
 from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, TASKS, Task, load_rows
 
 PROTOCOLS = ("strict", "d1")
@@ -88,7 +89,12 @@ def samplers(
                 block,
                 steps,
                 arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                remasking=arguments.remasking,
                 threshold=arguments.threshold,
+                entropy_sum=arguments.entropy_sum,
+                min_commit=arguments.min_commit,
                 sampler_policy=arguments.sampler_policy,
                 sampler_policy_kwargs=arguments.sampler_policy_kwargs,
                 compile_rollouts=arguments.compile_rollouts,
@@ -98,6 +104,8 @@ def samplers(
 
 
 def grade_models(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.output_dir)
+    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     no_bars_without_a_terminal()
     state = processes(arguments.device)
     if arguments.device not in (None, state.device.type):
@@ -172,30 +180,41 @@ def grade_models(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generations", nargs="+", help="Stored generations to grade, without a model.")
     parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="Default: both, where d1 has the task.")
     parser.add_argument("--disagreements", action="store_true", help="Where the protocols differ on them, and why.")
     parser.add_argument("--task", choices=[*TASKS, "grpo"], help="'grpo': rows and rewards as the run had them.")
-    parser.add_argument("--model", nargs="+", help="Hub names or folders; default: the task's embedded checkpoint.")
-    parser.add_argument("--adapter", nargs="+", help="Trained adapters to put on top; 'none' is the model as it is.")
     parser.add_argument(
-        "--dataset", help="What the model was trained on, of which the held-out part is asked; default: as its run."
+        "--model", nargs="+", type=named, help="Hub names or folders; default: the task's embedded checkpoint."
     )
-    parser.add_argument("--eval_dataset", help="Local file or dataset of which all rows are asked instead.")
+    parser.add_argument(
+        "--adapter", nargs="+", type=named, help="Trained adapters to put on top; 'none' is the model as it is."
+    )
+    parser.add_argument(
+        "--dataset",
+        type=named,
+        help="What the model was trained on, of which the held-out part is asked; default: as its run.",
+    )
+    parser.add_argument(
+        "--eval_dataset", type=named, help="Local file or dataset of which all rows are asked instead."
+    )
     parser.add_argument("--instruction", help="Text before each question; default: as its run, or the task's.")
-    parser.add_argument("--num_problems", type=int, help="Default: all; of generated or undivided ones 512.")
-    parser.add_argument("--lengths", nargs="+", type=int, help="Tokens; default: 128 256 512.")
+    parser.add_argument("--num_problems", type=whole, help="Default: all; of generated or undivided ones 512.")
+    parser.add_argument("--lengths", nargs="+", type=whole, help="Tokens; default: 128 256 512.")
     parser.add_argument("--threshold", type=float, help="Commit every token at least this probable in a step.")
-    parser.add_argument("--block_length", type=int, help="Default: the model's own, or 32.")
-    parser.add_argument("--diffusion_steps", type=int, help="Default: half as many as tokens.")
+    parser.add_argument("--entropy_sum", type=float, help="SDAR's sum of entropies in nats, with remasking entropy.")
+    parser.add_argument("--min_commit", type=whole, default=1, help="With one of these two: at least so many a step.")
+    parser.add_argument("--remasking", choices=get_args(Remasking), default="low_confidence", help="Their order.")
+    parser.add_argument("--top_k", type=int, default=0, help="Draw from the k most likely words; 0: all.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the fewest words with this share; 1: all.")
+    parser.add_argument("--block_length", type=whole, help="Default: the model's own, or 32.")
+    parser.add_argument("--diffusion_steps", type=whole, help="Default: half as many as tokens.")
     parser.add_argument("--temperature", type=float, help="Default: 0; of several samples 1.")
     parser.add_argument("--sampler_policy", help="What a denoising step writes: package.module:function.")
-    parser.add_argument("--sampler_policy_kwargs", type=json.loads, help="Settings of the policy, as JSON.")
+    parser.add_argument("--sampler_policy_kwargs", type=mapping, help="Settings of the policy, as JSON.")
     parser.add_argument("--compile_rollouts", help="Compile a step's layers: inductor, cudagraphs or eager; exact.")
-    parser.add_argument("--samples", type=int, default=1, help="Completions of each problem; above 1: pass@k.")
+    parser.add_argument("--samples", type=whole, default=1, help="Completions of each problem; above 1: pass@k.")
     parser.add_argument(
         "--select",
         nargs="+",
@@ -204,10 +223,10 @@ def main() -> None:
         help="Also the accuracy of one chosen sample: the most frequent answer, or the highest reward where that "
         "reads no reference (sudoku, countdown).",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the noise at a temperature above 0.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Rows that a process samples at a time.")
-    parser.add_argument("--chat_template_kwargs", type=json.loads, help='JSON, such as {"enable_thinking": false}.')
-    parser.add_argument("--dtype", help="Default: bfloat16, on a CPU float32.")
+    parser.add_argument("--seed", type=seed, default=0, help="Of the noise at a temperature above 0.")
+    parser.add_argument("--batch_size", type=whole, default=64, help="Rows that a process samples at a time.")
+    parser.add_argument("--chat_template_kwargs", type=mapping, help='JSON, such as {"enable_thinking": false}.')
+    parser.add_argument("--dtype", choices=DTYPES, help="Default: bfloat16, on a CPU float32.")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="Default: the accelerator, if there is one.")
     parser.add_argument("--output_dir", default="runs/evaluation")
     parser.add_argument("--resume", action="store_true", help="Go on from the rows that output_dir holds.")

@@ -8,17 +8,17 @@ adapters are folded in the order given; two that name the same base are refused.
 
 import argparse
 
-from dgrpo.cli import one_line_errors
+from dgrpo.cli import Parser, named, one_line_errors
 from dgrpo.run.merge import merge_adapters
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--adapter", action="append", type=named, default=[], help="Adapter folder; may be given several times."
     )
-    parser.add_argument("--adapter", action="append", default=[], help="Adapter folder; may be given several times.")
-    parser.add_argument("--base", help="Base model; default: what the first adapter was trained on.")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--base", type=named, help="Base model; default: what the first adapter was trained on.")
+    parser.add_argument("--output_dir", type=named, required=True)
     arguments = parser.parse_args()
     print(merge_adapters(arguments.adapter, arguments.output_dir, base=arguments.base))
 

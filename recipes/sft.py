@@ -21,6 +21,7 @@ from trl import ModelConfig
 from dgrpo import MaskedSFTConfig, MaskedSFTTrainer
 from dgrpo.cli import one_line_errors
 from dgrpo.reliability.checks import check_rows
+from dgrpo.reliability.ranges import check_range
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
@@ -58,6 +59,10 @@ class SFTRecipeConfig(PromptColumns):
 
     def __post_init__(self):
         super().__post_init__()
+        check_range("num_examples", self.num_examples)
+        check_range("block_length", self.block_length)
+        if self.convert not in (None, "bidirectional", "block"):
+            raise ValueError(f"convert={self.convert!r}: choose 'bidirectional' or 'block'.")
         if self.convert and self.adapter_name_or_path:
             raise ValueError("convert: an adapter of the causal model does not fit; give one of the two.")
 

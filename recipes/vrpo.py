@@ -17,6 +17,7 @@ from dgrpo import SamplerConfig, VRPOConfig, VRPOTrainer
 from dgrpo.cli import one_line_errors
 from dgrpo.evaluation.answers import evaluate
 from dgrpo.reliability.checks import check_rows
+from dgrpo.reliability.ranges import check_range
 from dgrpo.run import parse_recipe, prepare_model
 from dgrpo.run.card import publish
 from dgrpo.run.steps import run_folder, train_until_stopped
@@ -42,6 +43,12 @@ class VRPORecipeConfig(PromptColumns):
     num_eval_problems: int = field(default=256, metadata={"help": "Held-out problems when it is; 0: none."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A trained adapter to start from."})
     resume: bool = field(default=False, metadata={"help": "Resume from the last whole checkpoint in output_dir."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("num_examples", self.num_examples)
+        if self.num_eval_problems < 0:
+            raise ValueError(f"num_eval_problems={self.num_eval_problems}: must be 0 or more.")
 
 
 def accuracy(model, tokenizer, num_problems: int) -> str:

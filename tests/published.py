@@ -175,6 +175,32 @@ CONFIGS["sdar"] = CONFIGS["qwen3"] | {
     "mask_token_id": NUM_WORDS - 1,
     "model_type": "sdar",
 }
+CONFIGS["sdar_moe"] = CONFIGS["sdar"] | {
+    "architectures": ["SDARMoeForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+        "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
+    },
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "model_type": "sdar_moe",
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+CONFIGS["fast_dllm"] = CONFIGS["qwen2"] | {
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
+        "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
+    },
+    "bd_size": 4,
+    "mask_token_id": NUM_WORDS - 1,
+    "model_type": "Fast_dLLM_Qwen",
+}
 CONFIGS["llada2"] = {key: _SIZES[key] for key in _SIZES if key != "tie_word_embeddings"} | {
     "architectures": ["LLaDA2MoeModelLM"],
     "attention_dropout": 0.0,
@@ -234,15 +260,15 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         layer = f"model.layers.{index}"
         for name, rows in (("q", heads * size), ("k", kv_heads * size), ("v", kv_heads * size)):
             found[f"{layer}.self_attn.{name}_proj.weight"] = (rows, d)
-            if config["model_type"] in ("Dream", "qwen2", "a2d-qwen2"):
+            if config["model_type"] in ("Dream", "qwen2", "a2d-qwen2", "Fast_dLLM_Qwen"):
                 found[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
         found[f"{layer}.self_attn.o_proj.weight"] = (d, heads * size)
-        if "qwen3" in config["model_type"] or config["model_type"] == "sdar" or config.get("qk_layernorm"):
+        if "qwen3" in config["model_type"] or config["model_type"].startswith("sdar") or config.get("qk_layernorm"):
             found |= {f"{layer}.self_attn.{name}_norm.weight": (size,) for name in "qk"}
         found |= {f"{layer}.{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
         width, parts = config.get("intermediate_size"), [f"{layer}.mlp"]
         if "num_experts" in config:
-            width = config["expert_intermediate_size"]
+            width = config.get("expert_intermediate_size") or config["moe_intermediate_size"]
             parts = [f"{layer}.mlp.experts.{expert}" for expert in range(config["num_experts"])]
             found[f"{layer}.mlp.gate.weight"] = (config["num_experts"], d)
         for part in parts:
@@ -427,8 +453,8 @@ def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, shift: int) ->
             torch.cat([rotary(states[..., :turned], theta), states[..., turned:]], -1) for states in (query, key)
         )
         scores = query @ key[shared].mT / query.shape[-1] ** 0.5
-        if "block_size" in config:
-            block = torch.arange(len(ids)) // config["block_size"]
+        if size := config.get("block_size") or config.get("bd_size"):
+            block = torch.arange(len(ids)) // size
             scores = scores.masked_fill(block > block[:, None], -torch.inf)
         attended = (scores.softmax(-1) @ value[shared]).transpose(0, 1).flatten(1)
         x = x + attended @ layer["self_attn.o_proj.weight"].T
@@ -452,7 +478,7 @@ def _swiglu(layer: dict[str, Tensor], part: str, h: Tensor) -> Tensor:
 
 
 def _routed(layer: dict[str, Tensor], h: Tensor, config: dict) -> Tensor:
-    """One token, one expert at a time; probabilities over all experts, not renormalised over the chosen ones.
+    """One token, one expert at a time; probabilities over all experts, renormalised if `norm_topk_prob` says so.
 
     LLaDA2: sigmoid scores, chosen by score and bias from the groups whose two best sum highest, renormalised over the
     chosen ones; and a shared expert.
@@ -463,7 +489,8 @@ def _routed(layer: dict[str, Tensor], h: Tensor, config: dict) -> Tensor:
     for token in h:
         probs = (layer["mlp.gate.weight"] @ token).softmax(0)
         chosen = probs.argsort(descending=True)[: config["num_experts_per_tok"]].tolist()
-        rows.append(sum(probs[e] * _swiglu(layer, f"mlp.experts.{e}", token[None])[0] for e in chosen))
+        total = probs[chosen].sum() if config.get("norm_topk_prob") else 1
+        rows.append(sum(probs[e] / total * _swiglu(layer, f"mlp.experts.{e}", token[None])[0] for e in chosen))
     return torch.stack(rows)
 
 

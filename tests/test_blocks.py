@@ -14,7 +14,7 @@ from dgrpo.models import ScoringPass, attention, load_model
 from dgrpo.models.blocks import BlockPast
 
 B, P, C, N, MASK = 4, 8, 12, 3, published.NUM_WORDS - 1
-KINDS = {"sdar": {}, "llada2": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
+KINDS = {"sdar": {}, "llada2": {}, "sdar_moe": {}, "fast_dllm": {}, "a2d-qwen3": {"block_length": B, "logit_shift": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,14 @@ def test_a_prompt_goes_through_the_network_once_and_blocks_that_nobody_asks_abou
     model(passes=[scoring_pass(ids, mask, copies, asked)])
     # Three distinct prompts, six completions without their last block, and two copies of two blocks.
     assert seen == [(3, P), (6, C - B), (6, 2 * 2 * B)]
+    # Nor do clean blocks behind the last one that is asked about; one always goes, so that ranks agree on the passes.
+    for num_columns, num_clean in ((8, B), (4, B)):
+        early, seen[:] = asked | (torch.arange(C) == 1), []
+        early = early & (torch.arange(C) < num_columns)
+        [scores] = model(passes=[scoring_pass(ids, mask, copies, early, chunk=4)])
+        assert seen[:2] == [(3, P), (6, num_clean)]
+        assert len(seen) == 2 + C // 4
+        torch.testing.assert_close(scores.logps, one_at_a_time(model, ids, mask, copies, early), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["", "merged commits"])

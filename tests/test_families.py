@@ -22,7 +22,7 @@ from dgrpo.views import MaskedViews
 
 # How far the logits are shifted, and how many linear layers LoRA adapts in two layers of the network.
 FULL = {"dream": (1, 14), "llada_moe": (0, 8), "a2d-qwen2": (0, 14), "a2d-qwen3": (0, 14), "a2d-llama": (0, 14)}
-BLOCKS = {"sdar": (0, 14), "llada2": (0, 15)}
+BLOCKS = {"sdar": (0, 14), "llada2": (0, 15), "sdar_moe": (0, 8), "fast_dllm": (1, 14)}
 KINDS = FULL | BLOCKS
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 # Every token sees every token.

@@ -20,7 +20,18 @@ from dgrpo.models.families import FAMILIES
 from dgrpo.models.loading import family_of, quantization
 
 NUM_WORDS, V = published.NUM_WORDS, published.V
-KINDS = ["llada", "dream", "llada_moe", "sdar", "llada2", "a2d-qwen2", "a2d-qwen3", "a2d-llama"]
+KINDS = [
+    "llada",
+    "dream",
+    "llada_moe",
+    "sdar",
+    "llada2",
+    "sdar_moe",
+    "fast_dllm",
+    "a2d-qwen2",
+    "a2d-qwen3",
+    "a2d-llama",
+]
 CAUSAL = ["qwen2", "qwen3", "llama"]
 IDS = torch.arange(20, 29)[None]
 
@@ -205,6 +216,9 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path):
     newer = published.write_checkpoint(tmp_path / "LLaDA2.2-flash", "llada2")
     with pytest.raises(ValueError, match="LLaDA2.2 admits experts for a whole block.*Use LLaDA2.0 or 2.1"):
         load_model(newer)
+    coder = published.write_checkpoint(tmp_path / "Stable-DiffCoder-8B-Instruct", "llama")
+    with pytest.raises(ValueError, match="Stable-DiffCoder's config.json names no mask token.*Use SDAR"):
+        load_model(coder)
     gemma = published.write_checkpoint(tmp_path / "gemma", "llama", model_type="diffusion_gemma")
     with pytest.raises(ValueError, match="DiffusionGemma has no mask token"):
         load_model(gemma)

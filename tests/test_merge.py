@@ -14,7 +14,7 @@ from dgrpo.models import load_model
 from dgrpo.models.families import FAMILIES
 from dgrpo.run.merge import copy_companions, merge_adapters
 
-NUM_ADAPTED = dict.fromkeys(KINDS, 14) | {"llada_moe": 8, "llada2": 15}
+NUM_ADAPTED = dict.fromkeys(KINDS, 14) | {"llada_moe": 8, "llada2": 15, "sdar_moe": 8}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ RECIPE = str(Path(__file__).parents[1] / "recipes/gsm8k.py")
 
 # Fields of TRL's that mean something to a mask predictor, beside those that are refused and transformers' own.
 HONOURED = (
-    "model_init_kwargs disable_dropout num_generations num_generations_eval max_completion_length "
+    "disable_dropout num_generations num_generations_eval max_completion_length "
     "ds3_gather_for_generation shuffle_dataset generation_batch_size steps_per_generation temperature "
     "chat_template_kwargs use_vllm beta num_iterations epsilon delta epsilon_high sapo_temperature_neg "
     "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
@@ -31,6 +31,9 @@ HONOURED = (
 )
 
 WRONG = [
+    ("model_init_kwargs", {"x": 1}, "loaded before the trainer"),
+    ("save_total_limit", -1, "must be a positive whole number, or null"),
+    ("threshold", 2.0, "is a probability"),
     ("trust_remote_code", True, "runs code of its checkpoint"),
     ("max_tool_calling_iterations", 3, "cannot wait for a tool"),
     ("transformers_continuous_batching_config", {"x": 1}, "dgrpo's own sampler"),
@@ -72,6 +75,8 @@ WRONG = [
     ("threshold", 0.0, "must be a positive finite number, or null"),
     ("factor", -1.0, "must be a positive finite number, or null"),
     ("entropy_bound", -1.0, "must be 0 or a positive finite number"),
+    ("entropy_sum", 0.0, "must be a positive finite number, or null"),
+    ("min_commit", 0, "must be a positive whole number"),
 ]
 
 
@@ -101,6 +106,8 @@ def test_wrong_settings_are_refused_by_name_value_and_remedy(config, setting, va
         ({"objective": "wd1"}, r"beta=0.04 with objective=.wd1.: it has no KL term; set beta to 0"),
         ({"stop_on_collapse": True, "collapse_window": 0}, r"stop_on_collapse=True with collapse_window=0"),
         ({"threshold": 0.9, "factor": 1.0}, r"threshold=0.9: set only one"),
+        ({"threshold": 0.9, "entropy_sum": 1.0}, r"threshold=0.9: set only one"),
+        ({"min_commit": 2}, r"min_commit=2: needs one of"),
         ({"cache": "dual", "cfg_scale": 1.0}, r"cache='dual': does not go with cfg_scale"),
         ({"estimator": "elbo"}, r"estimator='elbo' with importance_sampling_level='token'"),
     ],
@@ -127,7 +134,7 @@ def test_every_refusal_is_tried():
 COMMAND_LINES = [
     (["--block_length", "3"], "block_length=3: must divide"),
     (["--estimator", "two_step"], "estimator='two_step': choose"),
-    (["--reward_funcs", "rewards.gsm8k:no_such"], "module 'rewards.gsm8k' has no function 'no_such'"),
+    (["--reward_funcs", "rewards.gsm8k:no_such"], "module 'rewards.gsm8k' has no 'no_such'"),
     (["--reward_funcs", "no_such_module:f"], "cannot import 'no_such_module'"),
     (["--reward_funcs", "no_such"], "is no 'package.module:function' and not installed"),
     (["--reward_funcs", "rewards.countdown:equation_reward"], "asks for the columns"),

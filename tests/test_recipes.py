@@ -110,6 +110,11 @@ def test_the_embedded_block_model_trains_and_is_evaluated_as_its_recipe_says(tmp
     for model in ("embedded-block", str(tmp_path)):
         output = launch([*evaluate, "--model", model, "--output_dir", str(tmp_path / "generations")])
         assert "gsm8k_20_20" in output
+    flags = {"remasking": "entropy", "entropy_sum": "0.35", "min_commit": "2", "top_k": "9", "top_p": "0.5"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    launch([*evaluate, "--model", "embedded-block", "--output_dir", str(tmp_path / "flags"), *words])
+    stored = json.loads((tmp_path / "flags/gsm8k_20_20_rows.0.jsonl").read_text().splitlines()[0])["sampler"]
+    assert {name: str(stored[name]) for name in flags} == flags
 
 
 @pytest.mark.slow

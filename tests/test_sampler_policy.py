@@ -251,10 +251,10 @@ def one_argument(sight):
     ("name", "reason"),
     [
         ("nowhere.at_all:policy", "No module named 'nowhere'"),
-        (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        (f"{__name__}:nothing", "has no 'nothing'"),
         (f"{__name__}:EOS", "is no function"),
         (f"{__name__}:one_argument", "too many positional arguments"),
-        ("no dots", "invalid"),
+        ("no dots", "cannot import 'no dots'"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, name, reason):

@@ -610,7 +610,7 @@ def test_an_end_token_waits_for_open_places_alone(model, prompts):
     # One open place of the first row beside six of the others: the five that are given keep it from nothing.
     fixed = torch.full((5, 6), -1)
     fixed[0, :5] = torch.arange(10, 15)
-    config = SamplerConfig(6, 6, 6, threshold=1.1, confidence_eos_eot_inf=True)
+    config = SamplerConfig(6, 6, 6, threshold=1.0, confidence_eos_eot_inf=True)
     end = generate(without_end(model), *prompts, config, fixed=fixed).completion_ids[0, 5].item()
     assert end not in range(10, 15)
     model.generation_config.eos_token_id = end

@@ -363,7 +363,7 @@ def test_the_grid_tokenizer_reads_one_cell_a_token_and_keeps_the_format():
     assert sorted(grids.get_vocab().values()) == list(range(len(grids)))
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "sudoku", "countdown"])
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_block", "sudoku", "countdown"])
 def test_the_checkpoints_were_made_with_the_tokenizer_of_today(name):
     corpus = CORPORA[name]
     questions = [row["prompt"][0]["content"] for row in corpus.examples(corpus.num_examples, SEED)]
@@ -372,20 +372,18 @@ def test_the_checkpoints_were_made_with_the_tokenizer_of_today(name):
     assert stored.chat_template == CHAT_TEMPLATE
     text = problems.completion_text("1")
     longest = max(len(stored(row["completion"][0]["content"])["input_ids"]) for row in corpus.examples(2000, SEED))
-    assert longest + 1 == corpus.completion_canvas
+    assert longest + 1 == (corpus.completion_canvas or 16)  # a block model learns its end where a block is filled
     assert stored.decode(stored(text)["input_ids"]) == text
 
 
-def test_the_block_model_reads_as_the_llada_that_it_starts_from_and_loads_with_its_blocks():
-    base, tokenizer = load_model(str(CHECKPOINTS / CORPORA["gsm8k_block"].base))
+def test_the_block_model_reads_as_a_llada_of_the_same_weights_and_loads_with_its_blocks():
+    base, tokenizer = load_model(str(CHECKPOINTS / "gsm8k"))
     ids = torch.randint(len(tokenizer), (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # One block that holds the whole text is full attention.
         torch.testing.assert_close(in_blocks(base, 24)(input_ids=ids).logits, base(input_ids=ids).logits)
-    model, same = load_model(str(CHECKPOINTS / "gsm8k_block"))
+    model, _ = load_model(str(CHECKPOINTS / "gsm8k_block"))
     assert model.block_length == CORPORA["gsm8k_block"].block_length == 4
-    assert same.get_vocab() == tokenizer.get_vocab()
-    assert same.chat_template == CHAT_TEMPLATE
 
 
 def test_newton_schulz_brings_singular_values_near_one_and_keeps_their_vectors():

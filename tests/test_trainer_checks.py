@@ -89,7 +89,7 @@ def test_every_number_has_a_range():
     elsewhere = {
         *("label_smoothing_factor", "neftune_noise_alpha", "data_seed", "router_aux_loss_coef", "top_p", "top_k"),
         *("min_p", "repetition_penalty", "max_tool_calling_iterations", "off_policy_mask_threshold"),
-        *("num_generations", "save_total_limit", "local_rank", "pad_to_multiple_of"),
+        *("num_generations", "local_rank", "pad_to_multiple_of"),
     }  # fmt: skip
     ranged = {name for _, _, names in RANGES for name in names.split()}
     assert set(numbers()) - elsewhere - ranged == set()
@@ -103,7 +103,7 @@ def test_no_number_may_be_nan_infinite_or_mean_something_else(config, value):
             config(**{name: [value] if name == "reward_weights" else value})
         except ValueError as error:
             refused |= {name} & set(re.findall(r"\w+", str(error)))
-    accepted = {"save_total_limit", "local_rank", *(["reward_weights"] if value == -2 else [])}
+    accepted = {"local_rank", *(["reward_weights"] if value == -2 else [])}
     assert set(numbers()) - refused <= accepted
 
 

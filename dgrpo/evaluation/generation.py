@@ -50,10 +50,10 @@ class Output:
             if resume:
                 raise ValueError("resume: only a file can be continued; name it with --output.")
             return
-        beside = self.path.with_name(f"{self.path.name}.settings.json")
-        settings = json.loads(json.dumps(settings, default=str))
+        self.beside = self.path.with_name(f"{self.path.name}.settings.json")
+        self.settings = settings = json.loads(json.dumps(settings, default=str))
         if resume and self.path.exists():
-            made_with = json.loads(beside.read_text()) if beside.is_file() else {}
+            made_with = json.loads(self.beside.read_text()) if self.beside.is_file() else {}
             if other := sorted(key for key in settings if made_with.get(key) != settings[key]):
                 raise ValueError(
                     f"resume: {str(self.path)!r} was written with other settings ({', '.join(other)}). Choose another "
@@ -65,10 +65,6 @@ class Output:
             self.done = {(record["row"], record["sample"]) for record in map(json.loads, lines)}
         elif self.path.exists():
             raise ValueError(f"output={str(self.path)!r} exists: continue it with --resume, or choose another file.")
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(settings, indent=1) + "\n")
-            self.path.touch()
 
     def add(self, records: list[Record]) -> None:
         """Writes the records that are not there yet."""
@@ -78,6 +74,9 @@ class Output:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
+            if not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.beside.write_text(json.dumps(self.settings, indent=1) + "\n")
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(text)
 

@@ -116,7 +116,7 @@ def _clean_stream(model: Any, ids: Tensor, mask: Tensor | None, prompt_width: in
 def copies_hidden_states(model: Any, asked: Any) -> Tensor:
     """Hidden states [Q, d] that predict the tokens at `asked.positions` of noisy copies (see ScoringPass).
 
-    The clean texts go through the network once, as one stream without their last block, which nobody looks at. Then
+    The clean texts go through the network once, as one stream up to the block before the last that is asked for. Then
     all copies follow, `asked.chunk` columns at a time: a noisy block sees itself and the stored clean blocks before
     its own. Only blocks on which something is asked are computed. Equal to one packed row [clean | copies] under
     BD3-LM's mask (arXiv:2503.09573), of which it leaves out what nobody sees.
@@ -136,7 +136,9 @@ def copies_hidden_states(model: Any, asked: Any) -> Tensor:
             f"completions must be whole blocks of block_length={size}, and a chunk at least one column."
         )
     mask = None if asked.attention_mask is None else asked.attention_mask.bool()
-    clean = slice(0, ids.shape[1] - size)
+    # Up to the last block on which something is asked; one block at least, so that all ranks make as many passes.
+    end = int((asked.positions % num_columns).max()) if len(asked.positions) else 0
+    clean = slice(0, min(start + max(end // size, 1) * size, ids.shape[1] - size))
     layers, hidden = _clean_stream(model, ids[:, clean], None if mask is None else mask[:, clean], start)
     row, copy, column = torch.unravel_index(asked.positions, copies.shape)
     wanted = torch.zeros(copies.shape, dtype=torch.bool, device=ids.device)
@@ -178,7 +180,7 @@ def _chunk(
     tokens = tokens.gather(1, stretch[..., None].expand(-1, -1, size)).flatten(1)
     block = stretch % num_blocks
     columns = (begin + block[..., None] * size + torch.arange(size, device=device)).flatten(1)
-    stop = begin + (num_blocks - 1) * size
+    stop = min(begin + (num_blocks - 1) * size, layers[0][0].shape[2] if layers else 0)
     past = Clean([(keys[:, :, :stop], values[:, :, :stop]) for keys, values in layers]) if stop else Clean()
     key_columns = torch.arange(stop, device=device)[None]
     own = torch.arange(1, num_stretches + 1, device=device).repeat_interleave(size)[None]

@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dgrpo.models import converted
 from dgrpo.models.dream import DreamConfig, DreamModel
+from dgrpo.models.fast_dllm import Fast_dLLM_QwenForCausalLM, FastDLLMQwenConfig
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from dgrpo.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from dgrpo.models.sdar import SDARConfig, SDARForCausalLM
+from dgrpo.models.sdar_moe import SDARMoeConfig, SDARMoeForCausalLM
 
 # Templates for copies whose tokenizer files lack one: that of LLaDA-8B-Instruct and Llama 3, Qwen's, LLaDA-MoE's.
 _HEADER_TEMPLATE = (
@@ -75,6 +77,10 @@ REFUSED = {
         "LLaDA2.2 admits experts for a whole block, so a token's experts depend on its neighbours, and edits with "
         "words for deletion and insertion. Use LLaDA2.0 or 2.1."
     ),
+    r"(?i)stable-?diffcoder": (
+        "Stable-DiffCoder's config.json names no mask token, and with a wrong one it writes nonsense. Use SDAR, "
+        "LLaDA2 or Fast-dLLM v2."
+    ),
     r"diffusion_gemma": (
         "DiffusionGemma has no mask token: its noise replaces words by random ones, which masked views cannot say."
     ),
@@ -134,6 +140,28 @@ FAMILIES: dict[str, Family] = {
         mask_token="<|MASK|>",
         mask_token_id=151669,
         block_length=4,
+        chat_template=_CHATML_TEMPLATE,
+    ),
+    "sdar_moe": Family(
+        name="SDAR-MoE",
+        config_class=SDARMoeConfig,
+        model_class=SDARMoeForCausalLM,
+        # Neither the router nor the experts.
+        lora_targets=r".*layers\.\d+\.self_attn\.(q|k|v|o)_proj",
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+        mask_token="<|MASK|>",
+        mask_token_id=151669,
+        block_length=4,
+        chat_template=_CHATML_TEMPLATE,
+    ),
+    "Fast_dLLM_Qwen": Family(
+        name="Fast-dLLM v2",
+        config_class=FastDLLMQwenConfig,
+        model_class=Fast_dLLM_QwenForCausalLM,
+        lora_targets=_SEVEN_LINEARS,
+        end_tokens=("<|im_end|>",),
+        mask_token_id=151665,
+        block_length=32,
         chat_template=_CHATML_TEMPLATE,
     ),
     "a2d-qwen2": Family(

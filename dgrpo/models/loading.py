@@ -224,6 +224,8 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, quantization_config, dt
 def adapter_settings(adapter: str | Path) -> PeftConfig:
     """The adapter's own configuration, which names its base model; ValueError where there is no adapter."""
     try:
+        if not Path(adapter).is_dir() and "/" not in str(adapter):
+            raise ValueError("no name of the hub's either")
         return PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # whatever PEFT makes of a file that is none
         raise ValueError(
@@ -232,11 +234,17 @@ def adapter_settings(adapter: str | Path) -> PeftConfig:
         ) from error
 
 
+def adapter_file(adapter: str) -> str:
+    """The file with the adapter's weights; ValueError where there is none."""
+    with reading("adapter", adapter, "adapter"):
+        # Without it PEFT would look for one on the hub, or read a pickle.
+        return cached_file(adapter, "adapter_model.safetensors")  # type: ignore[return-value]  # it raises
+
+
 def put_adapter(model: PreTrainedModel, adapter: str, *, is_trainable: bool = True) -> PeftModel:
     """The model with a saved PEFT adapter on top; ValueError where their names do not match one to one."""
     with reading("adapter", adapter, "adapter"):
-        # The file first: PEFT would look for one that is not there on the hub, or read a pickle.
-        with safe_open(cached_file(adapter, "adapter_model.safetensors"), "pt") as stored:
+        with safe_open(adapter_file(adapter), "pt") as stored:
             given = set(stored.keys())
         wrapped = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
@@ -285,6 +293,7 @@ def load_model(
     name_or_path = str(name_or_path)
     if adapter is not None:
         adapter_settings(adapter)  # before the time that loading a model takes
+        adapter_file(adapter)
     quantization_config = quantization(load_in_4bit, load_in_8bit, quantization_config, dtype)
     family = family_of(name_or_path, revision, convert=convert)
     config = load_config(name_or_path, revision, convert=convert, block_length=block_length)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from rich.cells import cell_len
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -169,9 +169,12 @@ def save_rollout(path: str | Path, rollout: Rollout) -> None:
 
 def load_rollout(path: str | Path) -> Rollout:
     """The rollout that `save_rollout` stored; ValueError when the file holds something else."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no dict
-        numbers = file.metadata() or {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the file is no dict
+            numbers = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no stored rollout: {error}.") from error
     numbers = {name: number for name, number in numbers.items() if number != "None"}
     # Rollouts stored before there were such fields lack them.
     later = {"history", "prompt_tail", "block_length"} - {*tensors, *numbers}

@@ -11,16 +11,16 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         lambda x: 1 <= x < math.inf and x == int(x),
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations_eval "
         "max_completion_length generation_batch_size steps_per_generation num_iterations ref_model_sync_steps "
-        "max_prompt_length block_length diffusion_steps cache_refresh rollout_batch_size views_per_pass "
+        "max_prompt_length block_length diffusion_steps min_commit cache_refresh rollout_batch_size views_per_pass "
         "max_skipped_updates max_failed_rollouts eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb "
-        "ddp_timeout dataloader_prefetch_factor max_length log_kl_every lora_r",
+        "ddp_timeout dataloader_prefetch_factor max_length log_kl_every lora_r "
+        "save_total_limit num_examples",
     ),
     (
         "must be a positive finite number",
         lambda x: 0 < x < math.inf,
         "temperature score_temperature num_train_epochs adam_epsilon delta sapo_temperature_pos sapo_temperature_neg "
-        "logging_steps save_steps eval_steps threshold factor reward_timeout "
-        "lora_alpha clip",
+        "logging_steps save_steps eval_steps threshold factor entropy_sum reward_timeout lora_alpha clip",
     ),
     (
         "must be 0 or a positive finite number",

@@ -1,14 +1,16 @@
 """What a run refuses before rows are read and a model is loaded: settings that transformers and PEFT meet late."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.integrations import integration_utils
 from trl import ModelConfig, get_peft_config
 
-from dgrpo.models.loading import adapter_settings
+from dgrpo.models.loading import adapter_file, adapter_settings
 from dgrpo.reliability.ranges import check_range
 
 
@@ -25,6 +27,7 @@ def check_settings(args: Any, recipe: Any, model_config: ModelConfig) -> None:
         check_range(name, getattr(model_config, name))
     if recipe.adapter_name_or_path is not None:
         adapter_settings(recipe.adapter_name_or_path)
+        adapter_file(recipe.adapter_name_or_path)
     try:
         get_peft_config(model_config)
     except ValueError as error:
@@ -46,6 +49,13 @@ def check_settings(args: Any, recipe: Any, model_config: ModelConfig) -> None:
         )
     if args.fp16 and (args.use_cpu or not torch.cuda.is_available()):
         raise ValueError("fp16=True: there is no GPU to train on; remove it.")
+    known_kwargs = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    if unknown := sorted(set(args.gradient_checkpointing_kwargs or {}) - known_kwargs):
+        raise ValueError(f"gradient_checkpointing_kwargs: unknown keys {unknown}; known are {sorted(known_kwargs)}.")
+    if args.optim_target_modules and not any(each in args.optim for each in ("galore", "apollo")):
+        raise ValueError(
+            f"optim_target_modules={args.optim_target_modules!r}: optim={str(args.optim.value)!r} does not read it."
+        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:

@@ -120,6 +120,9 @@ def parse_recipe(recipe: str, *config_types: type, argv: list[str] | None = None
             f"resume_from_checkpoint={checkpoint!r} is not read; --resume true resumes from the newest whole "
             "checkpoint in output_dir."
         )
+    for name in ("model_name_or_path", "dataset", "eval_dataset"):
+        if any(getattr(config, name, None) == "" for config in configs):
+            raise ValueError(f"{name}='': it is empty; name one, or leave it out.")
     return tuple(configs)
 
 

@@ -37,7 +37,7 @@ from dgrpo.run.callbacks import (
 )
 from dgrpo.run.card import publish
 from dgrpo.run.checks import check_folder, check_settings
-from dgrpo.run.lock import locked
+from dgrpo.run.lock import lock_file, locked
 from dgrpo.run.settings import RecipeConfig, begun_with, parse_recipe, write_config
 from dgrpo.run.stopping import StopOnSignal
 from dgrpo.run.summary import samples_of, show_summary, summary_of
@@ -47,6 +47,8 @@ from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.plugins import configured_estimator, resolve_reward
 from dgrpo.trainers.rewards import check_columns, checked_rewards
 from dgrpo.trainers.rollouts import RolloutSource
+from dgrpo.trainers.sft import MaskedSFTConfig
+from dgrpo.trainers.sft import check_blocks as check_sft_blocks
 from dgrpo.views import MaskedViews
 
 CHECKPOINTS = Path(__file__).parents[1] / "tiny" / "checkpoint"
@@ -89,9 +91,22 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
     family = family_of(name, model_config.model_revision, convert=convert)
     # Of the model; that in `args` is the sampler's, and must be the same where the model attends in blocks.
     block_length = getattr(recipe, "block_length", None)
+    network = load_config(name, model_config.model_revision, convert=convert, block_length=block_length)
     if isinstance(args, DiffuGRPOConfig):
-        network = load_config(name, model_config.model_revision, convert=convert, block_length=block_length)
         check_blocks(network, args, configured_estimator(args) if args.estimator else None)
+    elif isinstance(args, MaskedSFTConfig):
+        check_sft_blocks(network, args)
+    peft_config: LoraConfig | None = get_peft_config(model_config)  # type: ignore[assignment]  # TRL makes LoRA alone
+    if peft_config is not None and model_config.lora_target_modules is None:
+        peft_config.target_modules = family.lora_targets
+    elif peft_config is not None and peft_config.target_modules != "all-linear":
+        with torch.device("meta"):
+            names = [name for name, _ in family.model_class(network).named_modules()]
+        if not any(check_target_module_exists(peft_config, name) for name in names):
+            raise ValueError(
+                f"lora_target_modules={model_config.lora_target_modules}: the model has none of them; such as "
+                f"{family.lora_targets}."
+            )
     set_seed(args.seed)
     model, tokenizer = load_model(
         name,
@@ -104,19 +119,7 @@ def prepare_model(task: Task, recipe: RecipeConfig, args: DiffuGRPOConfig, model
         convert=convert,
         block_length=block_length,
     )
-    peft_config: LoraConfig | None = get_peft_config(model_config)  # type: ignore[assignment]  # TRL makes LoRA alone
-    if recipe.adapter_name_or_path is not None:
-        return model, tokenizer, None
-    if peft_config is not None and model_config.lora_target_modules is None:
-        peft_config.target_modules = family.lora_targets
-    elif peft_config is not None and peft_config.target_modules != "all-linear":
-        names = [name for name, _ in model.named_modules()]
-        if not any(check_target_module_exists(peft_config, name) for name in names):
-            raise ValueError(
-                f"lora_target_modules={model_config.lora_target_modules}: the model has none of them; such as "
-                f"{family.lora_targets}."
-            )
-    return model, tokenizer, peft_config
+    return model, tokenizer, None if recipe.adapter_name_or_path is not None else peft_config
 
 
 def rewards_of(recipe: RecipeConfig) -> list:
@@ -184,8 +187,10 @@ def _told_where(output_dir: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = str(Path(output_dir).absolute())
+        file = Path(str(error.filename)).absolute()
+        ours = file == lock_file(output_dir) or file.is_relative_to(place) or Path(place).is_relative_to(file)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-        if error.errno is None or not (full or str(Path(str(error.filename)).absolute()).startswith(place)):
+        if error.errno is None or not (full or ours):
             raise
         whole = whole_checkpoints(output_dir) if Path(output_dir).is_dir() else []
         rest = f"resume from {whole[-1]} with --resume true" if whole else "start again; it has no checkpoint yet"

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
-from pkgutil import resolve_name
 from typing import Any, Literal, get_args
+
+from dgrpo.dotted import imported
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin", "sequential"]
 # Settings of parallel decoding, of which one at most is set.
@@ -92,6 +93,8 @@ class SamplerConfig:
         for field in ("threshold", "factor", "entropy_sum"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 refuse(field, "must be positive, or left out for `diffusion_steps` steps.")
+        if self.threshold is not None and self.threshold > 1:
+            refuse("threshold", "is a probability; above 1 no token would reach it.")
         if self.entropy_bound is not None and not self.entropy_bound >= 0:
             refuse("entropy_bound", "must be 0 nats or more, or left out for `diffusion_steps` steps.")
         if self.cache not in (None, "prefix", "dual", "recompute"):
@@ -117,7 +120,7 @@ class SamplerConfig:
                 if not callable(self.policy):
                     raise TypeError(f"{self.policy!r} is no function")
                 inspect.signature(self.policy).bind("sight", "budget", "config")
-            except (ImportError, AttributeError, ValueError, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 kwargs = f", **{self.sampler_policy_kwargs}" if self.sampler_policy_kwargs else ""
                 refuse(
                     "sampler_policy",
@@ -172,7 +175,7 @@ class SamplerConfig:
     def policy(self) -> Callable | None:
         """The function that `sampler_policy` names, with its settings."""
         policy: Any = self.sampler_policy
-        policy = resolve_name(policy) if isinstance(policy, str) else policy
+        policy = imported("sampler_policy", policy) if isinstance(policy, str) else policy
         if not self.sampler_policy_kwargs or not callable(policy):
             return policy
         bound = partial(policy, **self.sampler_policy_kwargs)

@@ -1,7 +1,6 @@
 """Tasks: datasets, prompts and graders, the same for training and evaluation."""
 
-import importlib
-
+from dgrpo.dotted import imported
 from dgrpo.tasks import countdown, gsm8k, math500, programs, sudoku
 from dgrpo.tasks.sources import read_rows
 from dgrpo.tasks.task import EMBEDDED, EMBEDDED_MODELS, Task, load_rows, prompt_messages
@@ -13,13 +12,8 @@ TASKS: dict[str, Task] = {
 
 def find_task(name: str) -> Task:
     """The task of this name, or one of your own as `package.module:TASK`."""
-    module, _, attribute = name.partition(":")
-    if attribute:
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"task={name!r}: cannot be imported: {error}.") from error
-        if not isinstance(found, Task):
+    if ":" in name:
+        if not isinstance(found := imported("task", name), Task):
             raise ValueError(f"task={name!r} is no dgrpo.tasks.Task.")
         return found
     if name not in TASKS:

@@ -1,8 +1,8 @@
 """Makes an embedded default's checkpoint: `python -m dgrpo.tiny.build TASK --output_dir DIR [--seed S]`.
 
-Supervised training of a tiny LLaDA on a designed corpus, in minutes on two cores; the block model starts from the
-weights of one, converted to attend block by block. The result is a folder in the family's published layout (float16
-safetensors) that the recipes load like any other checkpoint.
+Supervised training of a tiny LLaDA on a designed corpus, in minutes on two cores; the block model is a Llama of the
+same size that attends block by block. The result is a folder in the family's published layout (float16 safetensors)
+that the recipes load like any other checkpoint.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dgrpo.models import load_model
 from dgrpo.models.converted import A2DLlamaLMHeadModel, ConvertedLlamaConfig
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.tiny import countdown, problems, sudoku
@@ -46,11 +45,8 @@ class Corpus:
     # The learning rate falls over so many steps (None: `steps`). A run that stops half-way leaves weights that a small
     # step still improves; where the rate had come down, steps of the same length along the policy gradient did harm.
     schedule_steps: int | None = None
-    # A block model: the embedded LLaDA whose weights and tokenizer it starts from, and the tokens in a block.
-    base: str | None = None
+    # Tokens in a block of a model that attends block by block; None: full attention.
     block_length: int | None = None
-    lr: float = 3e-3
-    warmup: int = 100
 
 
 SEED = 11
@@ -58,15 +54,12 @@ CORPORA = {
     "gsm8k": Corpus(problems.sft_examples, num_examples=38400, completion_canvas=16, steps=2400, width=96, mlp=256),
     "gsm8k_block": Corpus(
         partial(problems.sft_examples, reasoning_share=0.35),
-        num_examples=12800,
+        num_examples=38400,
         completion_canvas=0,
-        steps=350,
+        steps=1500,
         width=96,
         mlp=256,
-        base="gsm8k",
         block_length=4,
-        lr=2e-3,
-        warmup=20,
     ),
     "sudoku": Corpus(
         sudoku.sft_examples,
@@ -202,15 +195,13 @@ def build(corpus: Corpus, output_dir: Path, seed: int) -> None:
     rows = corpus.examples(corpus.num_examples, seed)
     questions = [row["prompt"][0]["content"] for row in rows[:4000]]
     torch.manual_seed(seed)
-    if corpus.base is None:
-        tokenizer: PreTrainedTokenizerBase = corpus.tokenizer(questions)
-        model: PreTrainedModel = from_scratch(corpus, tokenizer)
-    else:
-        base, tokenizer = load_model(str(Path(__file__).with_name("checkpoint") / corpus.base))
-        model = in_blocks(base, corpus.block_length)
-    optimizer = MuonWithAdamW(model, lr=corpus.lr)
+    tokenizer = corpus.tokenizer(questions)
+    model: PreTrainedModel = from_scratch(corpus, tokenizer)
+    if corpus.block_length:
+        model = in_blocks(model, corpus.block_length)
+    optimizer = MuonWithAdamW(model, lr=3e-3)
     schedule_steps = corpus.schedule_steps or corpus.steps
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, corpus.warmup, schedule_steps, min_lr_rate=0.05)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 100, schedule_steps, min_lr_rate=0.05)
     args = MaskedSFTConfig(
         output_dir=str(output_dir),
         per_device_train_batch_size=64,

@@ -26,8 +26,8 @@ _REFUSED = {
     "use_vllm": (False, "rollouts are denoised by dgrpo's own sampler"),
     "use_transformers_continuous_batching": (False, "rollouts are denoised by dgrpo's own sampler"),
     "use_transformers_paged": (False, "rollouts are denoised by dgrpo's own sampler"),
-    "top_p": (1.0, "the sampler draws from the whole vocabulary; use temperature"),
-    "top_k": (0, "the sampler draws from the whole vocabulary; use temperature"),
+    "top_p": (1.0, "what is scored is the whole vocabulary, so it is drawn from too; use temperature"),
+    "top_k": (0, "what is scored is the whole vocabulary, so it is drawn from too; use temperature"),
     "min_p": (None, "the sampler draws from the whole vocabulary; use temperature"),
     "repetition_penalty": (1.0, "the sampler has no repetition penalty"),
     "cache_implementation": (None, "use `cache` ('prefix' or 'dual')"),
@@ -39,6 +39,10 @@ _REFUSED = {
     "transformers_continuous_batching_config": (None, "rollouts are denoised by dgrpo's own sampler"),
     "max_tool_calling_iterations": (None, "a denoised completion cannot wait for a tool"),
     "pad_to_multiple_of": (("auto", None), "views are drawn on the canvas as it is"),
+    "model_init_kwargs": (
+        None,
+        "the model is loaded before the trainer; set dtype, attn_implementation, ... themselves",
+    ),
     "trust_remote_code": (False, "no family runs code of its checkpoint"),
     "label_smoothing_factor": (0.0, "the loss has no labels"),
     "neftune_noise_alpha": (None, "noise in the embeddings moves the ratio where the policy has not moved"),
@@ -95,6 +99,8 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
     threshold: float | None = field(default=None, metadata={"help": "Commit every token at least this probable."})
     factor: float | None = field(default=None, metadata={"help": "Fast-dLLM's factor rule for parallel decoding."})
     entropy_bound: float | None = field(default=None, metadata={"help": "EB-Sampler's bound, in nats."})
+    entropy_sum: float | None = field(default=None, metadata={"help": "SDAR's sum of entropies, in nats."})
+    min_commit: int = field(default=1, metadata={"help": "With one of these four: at least so many tokens a step."})
     sampler_policy: str | None = field(
         default=None, metadata={"help": "What a denoising step writes: package.module:function; None: as set above."}
     )

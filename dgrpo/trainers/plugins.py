@@ -1,6 +1,5 @@
 """Functions that a setting names: estimators, objectives and rewards, the user's own among them."""
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,6 +8,7 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
+from dgrpo.dotted import imported
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, facts_of, name_of
 from dgrpo.reliability.ranges import check_range
@@ -20,13 +20,8 @@ REWARD_GROUP = "dgrpo.rewards"
 
 def load_function(setting: str, name: str) -> Callable:
     """The function behind `package.module:function`; ValueError names the setting where there is none."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # noqa: BLE001 - the user's code, which may be wrong in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{setting}: cannot import {module_name!r} of {name!r} ({reason}).") from error
-    if not callable(function := getattr(module, attribute, None)):
+    if not callable(function := imported(setting, name)):
+        module_name, _, attribute = name.partition(":")
         raise ValueError(f"{setting}: module {module_name!r} has no function {attribute!r}.")
     return function
 
@@ -40,7 +35,7 @@ def resolve_reward(name: str) -> Callable:
         raise ValueError(
             f"reward_funcs: {name!r} is no 'package.module:function' and not installed ({', '.join(sorted(offered))})."
         )
-    return offered[name].load()
+    return load_function("reward_funcs", offered[name].value)
 
 
 def resolve_estimator(name: str) -> Callable[..., MaskedViews]:
