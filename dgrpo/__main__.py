@@ -5,6 +5,7 @@
   dgrpo evaluate --task gsm8k --adapter none runs/gsm8k      accuracy before and after
   dgrpo watch --adapter runs/gsm8k      plays how an answer is denoised
   dgrpo chat --adapter runs/gsm8k       answers what you type; `dgrpo generate` answers a file of prompts
+  dgrpo fill --prompt QUESTION TEXT     writes what TEXT has hidden as [MASK], between words that stay
   dgrpo plan --config gsm8k_llada_8b    what a run will cost on a GPU, before it is rented
 
 `dgrpo COMMAND --help` says more. On several GPUs: `accelerate launch --config_file FILE -m dgrpo train ...`.
@@ -87,7 +88,8 @@ def sampler(arguments: argparse.Namespace):
     from dgrpo.sampling import SamplerConfig
 
     arguments.diffusion_steps = arguments.diffusion_steps or arguments.max_completion_length
-    return SamplerConfig(**{name: getattr(arguments, name) for name in SamplerConfig.__dataclass_fields__})
+    fields = SamplerConfig.__dataclass_fields__
+    return SamplerConfig(**{name: value for name, value in vars(arguments).items() if name in fields})
 
 
 def watch(arguments: argparse.Namespace) -> None:
@@ -184,6 +186,31 @@ def generate(arguments: argparse.Namespace) -> None:
         )
 
 
+def fill(arguments: argparse.Namespace) -> None:
+    """Fills the holes of a text, and prints each way with its bound, the likeliest first."""
+    from dgrpo.evaluation.filling import fill
+    from dgrpo.tasks import prompt_messages
+    from dgrpo.text import printable
+
+    if arguments.samples > 1 and not arguments.temperature:
+        raise ValueError("temperature=0.0 fills a text in one way; set --temperature above 0 for several samples.")
+    checkpoint, config = chosen(arguments)
+    model, tokenizer = loaded(arguments, checkpoint)
+    found = fill(
+        model,
+        tokenizer,
+        arguments.text,
+        config,
+        prompt=prompt_messages(arguments.prompt, "") if arguments.prompt else None,
+        lengths=arguments.lengths,
+        num_samples=arguments.samples,
+        num_views=arguments.views,
+        seed=arguments.seed,
+    )
+    for each in found:
+        print(f"{each.bound:10.2f} nats, {each.num_tokens} tokens written\n{printable(each.text)}")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Prints the table of several runs and draws their curves."""
     from dgrpo.report.compare import compare
@@ -242,8 +269,8 @@ def add_conversation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat_template_kwargs", type=mapping, help='JSON, such as {"enable_thinking": false}')
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The arguments that name a model and describe its sampler: the fields of `SamplerConfig`."""
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--model",
@@ -253,6 +280,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--adapter", type=named, help="a trained adapter to put on top")
     add("--dtype", choices=DTYPES, help="of the weights; default: float32 on a CPU, else bfloat16")
     add("--device", default="cpu", help="cpu or cuda")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The arguments that name a model and describe its sampler: the fields of `SamplerConfig`."""
+    add_model(parser)
     add = parser.add_argument_group("sampler").add_argument
     tokens = "tokens of the completion; default: 128, of the embedded models 16"
     add("--max_completion_length", "--length", type=whole, help=tokens)
@@ -342,6 +374,18 @@ def build_parser() -> argparse.ArgumentParser:
     add_conversation(chatting)
     add_sampling(chatting)
     chatting.set_defaults(run=chat)
+
+    filling = commands.add_parser("fill", allow_abbrev=False, help="fill what a text has hidden as [MASK]")
+    filling.add_argument("text", help="with [MASK] for each token that is to be written; its other words stay")
+    filling.add_argument("--prompt", help="a question that the text answers; default: the text stands alone")
+    filling.add_argument("--lengths", type=whole, nargs="+", help="tokens to try for the text's only hole")
+    filling.add_argument("--samples", type=whole, default=1, help="ways of filling it at a temperature above 0")
+    filling.add_argument("--views", type=whole, default=128, help="masked views of the bound that ranks them")
+    filling.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    filling.add_argument("--threshold", type=float, help="commit every token at least this probable in a step")
+    filling.add_argument("--seed", type=seed, default=0, help="of noise and views")
+    add_model(filling)
+    filling.set_defaults(run=fill, max_completion_length=None, diffusion_steps=None)
 
     checking = commands.add_parser("validate", help="check that each row's reference scores 1, without training")
     checking.add_argument(
