@@ -31,6 +31,17 @@ SETTINGS = {
     "evaluate_every": 0,
     "log_kl": "false",
 }
+# With LoRA; the block model's layers are checkpointed besides, and its views are scored one at a time.
+MODELS: dict[str, dict[str, str]] = {
+    "full attention": {},
+    "blocks": {
+        "config": str(ROOT / "recipes/gsm8k_block.yaml"),
+        "block_length": "none",
+        "use_peft": "true",
+        "activation_checkpointing": "true",
+        "views_per_pass": "1",
+    },
+}
 STRATEGIES = {
     "ddp": "MULTI_CPU",
     "zero2": "DEEPSPEED",
@@ -56,19 +67,22 @@ def warm():
     process.close()
 
 
-@pytest.fixture(scope="module")
-def one_process(warm, tmp_path_factory) -> list[dict[str, str]]:
-    """Metrics of one process, which takes both processes' micro-batches one after the other."""
-    folder = tmp_path_factory.mktemp("one")
-    done = warm.run(folder / "log", arguments(folder / "run", gradient_accumulation_steps=2))
+@pytest.fixture(scope="module", params=MODELS)
+def one_process(request, warm, tmp_path_factory) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Settings, and metrics of one process, which takes both processes' micro-batches one after the other."""
+    folder, settings = tmp_path_factory.mktemp("one"), MODELS[request.param]
+    done = warm.run(folder / "log", arguments(folder / "run", gradient_accumulation_steps=2, **settings))
     assert done.codes == [0], done.output[-3000:]
-    return metrics(folder / "run")
+    return settings, metrics(folder / "run")
 
 
 @pytest.mark.parametrize("config", STRATEGIES)
 def test_two_processes_have_the_losses_of_one(warm, one_process, tmp_path, config):
     # Weights that stay partitioned: no process may stop before the others.
-    more = {"ds3_gather_for_generation": "false"} if config == "zero3" else {}
+    settings, one_process = one_process
+    # Its backward pass fails where layers are checkpointed and a block model's views take several passes.
+    zero3 = {"ds3_gather_for_generation": "false", "activation_checkpointing": "false"}
+    more = settings | (zero3 if config == "zero3" else {})
     done = warm.run(tmp_path / "log", arguments(tmp_path / "run", **more), config=config)
     assert done.codes == [0, 0], done.output[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())

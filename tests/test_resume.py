@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from stopping import StopAt
+from test_block_sampling import sdar
 from trainers import share_of_b, tiny_trainer
 from transformers import Trainer, TrainerCallback, TrainerState
 from trl import GRPOTrainer
@@ -131,6 +132,23 @@ def test_with_learning_rate_0_every_estimators_ratio_is_1_through_shuffle_accumu
     for new, old in scored.pairs:
         assert (new < 0).any()
         assert old is not None
+        assert torch.equal(new, old)
+
+
+@pytest.mark.slow
+def test_with_learning_rate_0_a_block_model_s_ratio_is_1_after_resuming(build, tmp_path):
+    """In the middle of a rollout, whose prompts give their last tokens to the canvas."""
+    settings = {"estimator": "trace", "num_iterations": 3, "max_steps": 6, "views_per_pass": 2, "temperature": 1.0}
+    settings |= {"block_length": None, "max_completion_length": 8, "diffusion_steps": 8}
+    still = build("still", model=sdar(), callbacks=[StopAt(4)], save_steps=4, learning_rate=0.0, **settings)
+    still.train()
+    resumed = build("still", model=sdar(), save_strategy="no", learning_rate=0.0, **settings)
+    scored = Scored()
+    scored.watch(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "still/checkpoint-4"))
+    assert len(scored.pairs) == 4
+    for new, old in scored.pairs:
+        assert (new < 0).any()
         assert torch.equal(new, old)
 
 
