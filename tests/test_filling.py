@@ -21,6 +21,11 @@ def test_words_around_holes_stay_and_the_right_ones_are_written(embedded):
     text = SOLVED.replace("3+12", "3+[MASK]").replace("-11=4", "-11=[MASK]")
     [found] = fill(*embedded, text, SamplerConfig(), prompt=prompt, num_views=2)
     assert found[:1] + found[2:] == (SOLVED, 2)
+    # Words that the model would not have written stay too.
+    [found] = fill(
+        *embedded, text.replace("4\n</answer>", "9\n</answer>"), SamplerConfig(), prompt=prompt, num_views=2
+    )
+    assert found.text.endswith("<answer>\n9\n</answer>\n")
 
 
 @pytest.mark.slow
