@@ -31,7 +31,7 @@ from dgrpo.evaluation.answers import as_in_training
 from dgrpo.models.llada import LLaDAConfig, LLaDAModelLM
 from dgrpo.noise import stream
 from dgrpo.run.live import LiveBytes
-from dgrpo.run.plan import Network
+from dgrpo.run.shapes import Network
 
 ROOT = Path(__file__).parents[1]
 GB = 1e9

@@ -6,207 +6,26 @@ Shapes: B rows of a micro-batch, P prompt tokens, C completion tokens, L = P + C
 """
 
 import argparse
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
 from trl import ModelConfig, get_peft_config
 
 from dgrpo.cli import CARDS
-from dgrpo.models import experts
-from dgrpo.models.bidirectional import BidirectionalReading
-from dgrpo.models.families import FAMILIES
-from dgrpo.models.head import MAX_LOGITS_BYTES
-from dgrpo.models.loading import family_of, load_config
-from dgrpo.noise import stream
-from dgrpo.run.live import LiveBytes, without_memory
+from dgrpo.run.memory import memory
+from dgrpo.run.scored import Scoring, scoring_of
 from dgrpo.run.settings import RecipeConfig, parse_recipe
-from dgrpo.run.steps import CHECKPOINTS
-from dgrpo.sampling import Rollout, SamplerConfig
-from dgrpo.sampling.draw import MAX_DRAW_BYTES, draw
-from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS
+from dgrpo.run.shapes import Network, model_configuration, on_meta
+from dgrpo.sampling import SamplerConfig
+from dgrpo.tasks import EMBEDDED
 from dgrpo.trainers import DiffuGRPOConfig
-from dgrpo.trainers.plugins import configured_estimator
-from dgrpo.views import draw_views
-from dgrpo.vocabulary import _SHARE_OF_GPU
 
 GB = 1e9
 # CUDA's context, and what the allocator cannot use: an assumption.
 OVERHEAD = 1.5
 # Share of a card's peak that products of this size reach: an assumption, to be replaced by `benchmarks/gpu.py`'s.
 EFFICIENCY = 0.4
-# A parameter in NF4 with doubly quantized scales.
-BYTES_IN_4_BIT = 0.516
-# Checkpoints whose shape is known by name: pattern, family, and what their config.json says beyond the defaults.
-_QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
-SHAPES: list[tuple[str, str, dict[str, Any]]] = [
-    (r"LLaDA-MoE-7B", "llada_moe", {}),
-    (r"LLaDA2.*mini", "llada2_moe", {}),
-    (r"LLaDA-(8B|1\.5)", "llada", {"mlp_hidden_size": 12288}),
-    (
-        r"(Dream|DiffuCoder).*7B",
-        "Dream",
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-        },
-    ),
-    (
-        r"SDAR-8B",
-        "sdar",
-        _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
-    ),
-    (
-        r"SDAR-4B",
-        "sdar",
-        _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
-    ),
-    (
-        r"SDAR-1\.7B",
-        "sdar",
-        _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
-    ),
-]
-
-
-def model_configuration(name: str) -> tuple[Any, Any]:
-    """(family, configuration) of a folder with a config.json, or of a known name; ValueError for another."""
-    if name in EMBEDDED_MODELS:
-        name = str(CHECKPOINTS / f"gsm8k{EMBEDDED_MODELS[name]}")
-    if Path(name).is_dir():
-        return family_of(name), load_config(name)
-    for pattern, key, changes in SHAPES:
-        if re.search(pattern, name):
-            return FAMILIES[key], FAMILIES[key].config_class(**changes)
-    raise ValueError(
-        f"model_name_or_path={name!r}: no folder, and not among the shapes that are known by name "
-        f"({', '.join(pattern for pattern, *_ in SHAPES)}). Give a folder with the checkpoint's config.json."
-    )
-
-
-def on_meta(config: Any, family: Any, dtype: torch.dtype, lora: LoraConfig | None, checkpointing: bool) -> nn.Module:
-    """The network as it is trained, without weights."""
-    before = torch.get_default_dtype()
-    with torch.device("meta"):
-        torch.set_default_dtype(dtype)
-        try:
-            model = family.model_class(config)
-        finally:
-            torch.set_default_dtype(before)
-        if lora is not None:
-            try:
-                model = get_peft_model(model, lora)
-            except NoMatchingPeftModuleError as error:
-                raise ValueError(f"lora_target_modules={lora.target_modules}: the model has none of them.") from error
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model.train()
-
-
-@dataclass(frozen=True)
-class Network:
-    """FLOPs of a model: a multiplication and an addition are two."""
-
-    model: Any
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    def layers(self) -> nn.ModuleList:
-        number = self.config.num_hidden_layers
-        return next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
-
-    def head(self) -> int:
-        """For one position."""
-        return 2 * self.config.hidden_size * self.model.get_output_embeddings().weight.shape[0]
-
-    def forward(self, rows: int, tokens: int, asked: int, keys: int | None = None) -> tuple[int, int, int]:
-        """Of frozen products, of trained ones and of attention: rows of so many tokens, the last `asked` of interest.
-
-        `keys`: the tokens that each of them sees, by default as many.
-        """
-        config, *before, last = self.config, *self.layers()
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        whole = any(isinstance(module, BidirectionalReading) for module in self.model.modules())
-        products = {False: 0, True: 0}
-        for layer in (*before, last):
-            for name, module in layer.named_modules():
-                if not isinstance(module, nn.Linear):
-                    continue
-                shared = layer is not last or whole or re.search(r"(k|v)_proj|query_key_value", name)
-                share = 1.0
-                if re.search(r"\bexperts\.\d", name):
-                    share = config.num_experts_per_tok / config.num_experts
-                count = 2 * rows * (tokens if shared else asked) * module.in_features * module.out_features * share
-                products[module.weight.requires_grad] += int(count)
-        queries = len(before) * tokens + (tokens if whole else asked)
-        return products[False], products[True], 4 * rows * queries * (keys or tokens) * width
-
-    def update(self, rows: int, tokens: int, asked: int, recomputed: int) -> int:
-        """A forward and a backward pass, with `recomputed` more forward passes."""
-        frozen, trained, attention = self.forward(rows, tokens, asked)
-        return int(frozen * (2 + recomputed) + trained * (3 + recomputed) + attention * (3.5 + recomputed))
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A micro-batch as scoring sees it: distinct canvases and scored positions of each pass through the network."""
-
-    canvases: list[int]
-    positions: list[int]
-
-
-def scoring_of(args: DiffuGRPOConfig, prompt_tokens: int, vocab_size: int) -> Scoring:
-    """Counted on a micro-batch of random full-length completions, whose views the recipe's own estimator draws."""
-    rows, length = args.per_device_train_batch_size, args.max_completion_length
-    generator = stream("plan")
-    group = torch.arange(rows) // args.num_generations
-    prompts = torch.randint(1, vocab_size, (rows, prompt_tokens), generator=generator)[group]
-    sampler = args.sampler().of(None)
-    block_length = sampler.max_completion_length // sampler.num_blocks
-    order = torch.rand(rows, sampler.num_blocks, block_length, generator=generator).argsort(2)
-    each = max(1, block_length // sampler.steps_per_block)
-    step = order // each + torch.arange(sampler.num_blocks)[:, None] * sampler.steps_per_block
-    rollout = Rollout(
-        prompt_ids=prompts,
-        prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
-        completion_ids=torch.randint(1, vocab_size, (rows, length), generator=generator),
-        completion_mask=torch.ones(rows, length, dtype=torch.bool),
-        revealed_at=step.flatten(1),
-        confidence=torch.rand(rows, length, generator=generator),
-        entropy=torch.rand(rows, length, generator=generator),
-        group=group,
-        num_forwards=0,
-        num_steps=sampler.steps_per_block * sampler.num_blocks,
-    )
-    unit = group if args.whole_groups else torch.arange(rows)
-    views = draw_views(configured_estimator(args), rollout, unit, ("plan",)).each(lambda value: value[:, 0])
-    weights, canvases = views.weights, views.canvases(torch.cat([prompts, rollout.completion_ids], 1), 0)
-    found = Scoring([], [])
-    for chunk in torch.arange(weights.shape[1]).split(args.views_per_pass or weights.shape[1]):
-        scored = weights[:, chunk].flatten(0, 1) != 0
-        part = canvases[:, chunk].flatten(0, 1)[scored.any(1)]
-        distinct, number = part.unique(dim=0, return_inverse=True)
-        row, column = scored[scored.any(1)].nonzero(as_tuple=True)
-        found.canvases.append(max(1, len(distinct)))
-        found.positions.append(len((number[row] * length + column).unique()))
-    return found
 
 
 @dataclass(frozen=True)
@@ -222,6 +41,7 @@ class Part:
 def _rollout(network: Network, config: SamplerConfig, rows: int, groups: int, batch: int, tokens: int) -> Part:
     """The fixed schedule; a parallel rule is counted as if it committed one token at a time."""
     steps, block = config.steps_per_block, config.max_completion_length // config.num_blocks
+    attends = getattr(network.config, "block_length", None)
     passes, canvases, flops = 0, 0, 0.0
     batches = -(-rows // batch)
     for number in range(config.num_blocks):
@@ -234,121 +54,40 @@ def _rollout(network: Network, config: SamplerConfig, rows: int, groups: int, ba
             start = tokens - config.max_completion_length + number * block
             refresh = config.cache is None or step % (config.cache_refresh or steps) == 0
             window: int = tokens if refresh else (block if config.cache == "dual" else tokens - start)
-            flops += sum(network.forward(shown, window, block, tokens)) + shown * is_open * network.head()
+            keys, commits = tokens, -(-is_open // (steps - step))
+            if attends is not None:
+                # Nobody sees beyond the block; its first pass also stores what was finished last.
+                keys, commits = start + block, min(is_open, block // steps + (step < block % steps))
+                window = 2 * block if step == 0 else block
+                window = keys if number == step == 0 or config.cache == "recompute" else window
+            flops += sum(network.forward(shown, window, block, keys)) + shown * is_open * network.head()
             passes, canvases = passes + batches, canvases + shown
-            is_open -= -(-is_open // (steps - step))
+            is_open -= commits
     return Part("rollout", canvases, passes, flops)
 
 
 def cycle(network: Network, args: DiffuGRPOConfig, scoring: Scoring, tokens: int, kl_by_adapter: bool) -> list[Part]:
     """The parts of a cycle of one process."""
-    length, steps, draws = args.max_completion_length, args.steps_per_generation, args.num_iterations
+    steps, draws = args.steps_per_generation, args.num_iterations
     rows = args.per_device_train_batch_size * steps
     batch = min(args.rollout_batch_size or rows, rows)
-    parts = [_rollout(network, args.sampler().of(None), rows, -(-rows // args.num_generations), batch, tokens)]
+    sampler = args.sampler().of(getattr(network.config, "block_length", None))
+    parts = [_rollout(network, sampler, rows, -(-rows // args.num_generations), batch, tokens)]
     scored = sum(scoring.positions) * network.head()
-    passes, canvases = len(scoring.canvases), sum(scoring.canvases)
-    forward = sum(sum(network.forward(rows, tokens, length)) for rows in scoring.canvases) + scored
+    passes, canvases = len(scoring.positions), sum(scoring.canvases)
+    forward = sum(sum(network.forward(*one[:4])) for one in scoring.passes) + scored
     # The first inner update's ratio is 1 by construction.
     old = draws - 1 if args.gradient_accumulation_steps == steps else draws
     for name, times in (("old policy", old), ("reference", draws if args.beta or kl_by_adapter else 0)):
         if times:
             parts.append(Part(name, times * steps * canvases, times * steps * passes, times * steps * forward))
-    recomputed = int(args.gradient_checkpointing) + (passes > 1)
-    update = sum(network.update(rows, tokens, length, recomputed) for rows in scoring.canvases)
+    again = int(args.gradient_checkpointing)
+    update = sum(network.update(*one[:3], again + one.recomputed, one.keys) for one in scoring.passes)
     frozen_head = not network.model.get_output_embeddings().weight.requires_grad
     update += scored * (2 if frozen_head else 3) * (1 if passes == 1 else 2)
     times = draws * steps
     parts.append(Part("updates", times * canvases, times * passes, times * update))
     return parts
-
-
-@contextmanager
-def _even_experts() -> Iterator[None]:
-    """Without values no token chooses an expert: each gets as many."""
-
-    def through(modules: nn.ModuleList, x, counts):
-        sizes = [len(x) // len(modules) + (index < len(x) % len(modules)) for index in range(len(modules))]
-        return torch.cat([expert(part) for expert, part in zip(modules, x.split(sizes), strict=True)])
-
-    with mock.patch.object(experts, "_one_by_one", through):
-        yield
-
-
-def activations(build, layers: int, rows: int, tokens: int, asked: int, grad: bool, bf16: bool):
-    """Bytes of one pass's hidden states: at the end of the forward pass, and at the peak, with `grad` of the backward.
-
-    `build(n)` is the model with n layers: two sizes are run, the rest follows, as all layers but few are alike.
-    """
-    found: dict[int, tuple[int, int]] = {}
-    sizes = (layers,) if layers <= 4 else (3, 4)
-    for size in sizes:
-        model = build(size)
-        mode = without_memory(model)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with _even_experts(), mode, LiveBytes(model) as live, torch.set_grad_enabled(grad):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                ids = torch.zeros(rows, tokens, dtype=torch.long)
-                hidden = base.hidden_states(ids, columns=slice(tokens - asked, tokens))
-            kept = live.now
-            if grad:
-                loss = hidden.float().sum()
-                del hidden
-                loss.backward()
-        found[size] = kept, live.peak
-    if len(sizes) == 1:
-        return found[layers]
-    return tuple(few + (layers - sizes[0]) * (more - few) for few, more in zip(*found.values(), strict=True))
-
-
-def _drawing(sampler: SamplerConfig, vocab: int) -> float:
-    """Bytes at work while tokens are drawn, per byte of the logits that one chunk draws from."""
-    with LiveBytes(nn.Module()) as live:
-        logits = torch.zeros(2, vocab)
-        draw(logits, torch.rand(2) if sampler.temperature else None, sampler, 0, vocab)
-    return live.peak / (4 * logits.numel()) - 1
-
-
-def memory(build, network: Network, settings: tuple, scoring: Scoring, tokens: int, card_bytes: float = 0) -> dict:
-    """Bytes by part, on one process. `card_bytes`: of a GPU, whose chunks are larger than a CPU's."""
-    args, model_config, num_gpus, zero = settings
-    model, config, length = network.model, network.config, args.max_completion_length
-    vocab = model.get_output_embeddings().weight.shape[0]
-    layers, width = config.num_hidden_layers, config.hidden_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = 0.0
-    in_layers = {id(weight) for weight in network.layers().parameters() if weight.dim() == 2}
-    for weight in {id(p): p for p in model.parameters() if not p.requires_grad}.values():
-        small = model_config.load_in_4bit and id(weight) in in_layers
-        weights += weight.numel() * (BYTES_IN_4_BIT if small else weight.dtype.itemsize)
-    # AdamW in float32: weight, gradient, two moments. ZeRO keeps a 16-bit copy and spreads the rest.
-    spread = {0: 16.0, 2: 2 + 14 / num_gpus, 3: 16 / num_gpus}[zero]
-    weights = weights / num_gpus if zero == 3 else weights
-    chunk = max(MAX_LOGITS_BYTES, card_bytes // _SHARE_OF_GPU)
-    canvases, positions = max(scoring.canvases), max(scoring.positions)
-    logits = 3 * min(chunk, positions * vocab * 4)
-    run = partial(activations, build, layers, tokens=tokens, asked=length, bf16=bool(args.bf16))
-    # Beside the logits: the expected and the target row of each scored position.
-    rows = 2 * positions * width * 4
-    sampler, num_rows = args.sampler().of(None), args.per_device_train_batch_size * args.steps_per_generation
-    batch = min(args.rollout_batch_size or num_rows, num_rows) * (2 if args.cfg_scale else 1)
-    asked = batch * (sampler.block_length or 0) * vocab * 4
-    cache = 0
-    if sampler.cache:
-        heads = config.num_attention_heads
-        key_width = (getattr(config, "head_dim", None) or width // heads) * (config.num_key_value_heads or heads)
-        cache = 4 * layers * key_width * batch * tokens * (1 if args.bf16 else 2)
-    drawing = _drawing(sampler, vocab) * min(max(MAX_DRAW_BYTES, card_bytes // _SHARE_OF_GPU), asked)
-    rollout = max(run(rows=batch, grad=False)[1], asked + drawing) + cache
-    kept, peak = run(rows=canvases, grad=True)
-    return {
-        "weights": weights,
-        "trained weights with gradients and AdamW": trained * spread,
-        "rollout": rollout,
-        "scoring": max(run(rows=canvases, grad=False)[1], logits),
-        # The head is at work before the layers' backward pass.
-        "update": max(peak, kept + rows + logits),
-    }
 
 
 @dataclass(frozen=True)
@@ -378,11 +117,6 @@ def plan_of(words: list[str], *, prompt_tokens: int | None = None, num_gpus: int
     """The `Plan` of a recipe: `words` are its command line, such as ["--config", "recipes/gsm8k_llada_8b.yaml"]."""
     recipe, args, model_config = parse_recipe("plan", RecipeConfig, DiffuGRPOConfig, ModelConfig, argv=words)
     family, config = model_configuration(model_config.model_name_or_path or EMBEDDED)
-    if getattr(config, "block_length", None) is not None:
-        raise ValueError(
-            f"model_name_or_path={model_config.model_name_or_path!r}: models that attend block by block are not "
-            "planned yet."
-        )
     lora: Any = get_peft_config(model_config)
     if lora is not None and model_config.lora_target_modules is None:
         lora.target_modules = family.lora_targets
@@ -398,10 +132,12 @@ def plan_of(words: list[str], *, prompt_tokens: int | None = None, num_gpus: int
             smaller.layer_types = smaller.layer_types[:num_layers]
         return on_meta(smaller, family, dtype, lora, bool(args.gradient_checkpointing))
 
+    attends = getattr(config, "block_length", None)
     prompt_tokens = prompt_tokens or args.max_prompt_length or 200
+    prompt_tokens -= prompt_tokens % (attends or 1)
     tokens = prompt_tokens + args.max_completion_length
     network = Network(build(config.num_hidden_layers))
-    scoring = scoring_of(args, prompt_tokens, config.vocab_size)
+    scoring = scoring_of(args, prompt_tokens, config.vocab_size, attends)
     card_bytes = CARDS[card][0] * GB if card else 0
     updates = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
     weights = {id(p): p for p in network.model.parameters()}.values()
