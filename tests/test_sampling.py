@@ -532,7 +532,7 @@ def test_threshold_takes_the_first_open_position_only_where_no_open_one_passes()
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
-@pytest.mark.parametrize("settings", [{"threshold": 1.1}, {"factor": 1e-9}, {"entropy_bound": 0.0}], ids=str)
+@pytest.mark.parametrize("settings", [{"threshold": 1.0}, {"factor": 1e-9}, {"entropy_bound": 0.0}], ids=str)
 def test_a_rule_that_allows_nothing_commits_one_token_a_step(model, prompts, temperature, settings):
     config = SamplerConfig(12, 6, 12, temperature=temperature)
     one_by_one = generate(model, *prompts, config, row_keys=keys(5))
