@@ -370,7 +370,7 @@ def build_parser() -> argparse.ArgumentParser:
     generating.set_defaults(run=generate)
 
     chatting = commands.add_parser("chat", allow_abbrev=False, help="talk with a model, and watch it write")
-    chatting.add_argument("--speed", type=positive_number, default=8.0, help="steps a second of what is played")
+    chatting.add_argument("--speed", type=positive_number, default=30.0, help="steps a second, at most")
     add_conversation(chatting)
     add_sampling(chatting)
     chatting.set_defaults(run=chat)

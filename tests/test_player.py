@@ -10,9 +10,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from dgrpo.evaluation.answers import encode_prompts
+from dgrpo.models import load_model
 from dgrpo.player.export import load_rollout, save_rollout, write_gif, write_html
 from dgrpo.player.frames import LINE_END, Frame, Token, block_length_of, frames, prompt_text, token_texts
+from dgrpo.player.live import LiveCanvas
 from dgrpo.player.terminal import HIDDEN, canvas_lines, play, render, window
+from dgrpo.run.steps import CHECKPOINTS
 from dgrpo.sampling import Rollout, SamplerConfig, generate
 from dgrpo.sampling.rollout import completion_mask_of
 from dgrpo.text import printable
@@ -21,6 +25,7 @@ from dgrpo.tiny.tokenizer import build_tokenizer
 PROMPT = "Ann has 3 red pens and buys 4 more. How many pens does she have?"
 ANSWER = "<reasoning>\n3 + 4 = 7 pens for Ann\n</reasoning>\n<answer>\n7\n</answer>\n"
 LENGTH, BLOCK = 48, 8
+REMASKING = {"sampler_policy": "dgrpo.policies.remasking:remdm_cap", "sampler_policy_kwargs": {"eta": 0.3}}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,33 @@ def test_token_texts_join_to_the_decoded_text(tokenizer):
     assert "\u20ac" in texts
     cut = tokenizer("\u20ac")["input_ids"][:-1]
     assert "".join(token_texts(tokenizer, cut)) == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "block_length", "settings"),
+    [("gsm8k", 8, {}), ("gsm8k_block", None, {}), ("gsm8k", 16, REMASKING)],
+)
+def test_what_is_drawn_while_sampling_is_what_is_replayed(checkpoint, block_length, settings, monkeypatch):
+    model, tokenizer = load_model(str(CHECKPOINTS / checkpoint))
+    chat = [{"role": "user", "content": "Sue has 3 nuts, buys 12 more and gives away 11. How many nuts are left?"}]
+    prompt_ids, prompt_mask = encode_prompts(tokenizer, [chat], torch.device("cpu"))
+    config = SamplerConfig(16, block_length, 16, temperature=1.0, **settings)
+    drawn: list[Frame] = []
+    monkeypatch.setattr(LiveCanvas, "_show", lambda self, frame: drawn.append(frame))
+    with LiveCanvas(tokenizer, Console(file=io.StringIO()), 1e9) as canvas:
+        keys = torch.tensor([3])
+        rollout = generate(model, prompt_ids, prompt_mask, config, row_keys=keys, on_step=canvas)
+    replayed = {shot.step: shot for shot in frames(rollout, tokenizer) if shot.step >= 0}
+    length = max(replayed.items())[1].length
+    live = {shot.step: shot for shot in drawn}
+    assert replayed.keys() <= live.keys()
+    assert drawn[-1].length == length
+    assert any(shot.rehidden for shot in drawn) == bool(settings)
+    for step, shot in replayed.items():
+        assert {place for place in live[step].rehidden if place < length} == shot.rehidden
+        for then, now in zip(shot.tokens[:length], live[step].tokens[:length], strict=True):
+            assert (then and (then.text, then.step, then.earlier)) == (now and (now.text, now.step, now.earlier))
+    assert torch.equal(rollout.history, generate(model, prompt_ids, prompt_mask, config, row_keys=keys).history)
 
 
 def test_frames_follow_the_order_of_commitment(rollout, tokenizer):

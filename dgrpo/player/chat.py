@@ -1,6 +1,7 @@
-"""A conversation with a model: in a terminal each answer is played as it was denoised, elsewhere it is plain text."""
+"""A conversation with a model: in a terminal each answer is drawn while it is denoised, elsewhere it is plain text."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from rich.console import Console
 
 from dgrpo.evaluation.answers import as_in_training, encode_prompts, read_completions
 from dgrpo.noise import row_keys
-from dgrpo.player.terminal import play
+from dgrpo.player.live import LiveCanvas
 from dgrpo.sampling import SamplerConfig, end_token_ids, generate
 from dgrpo.text import printable
 
@@ -22,7 +23,7 @@ def chat(
     *,
     system_prompt: str | None = None,
     seed: int = 0,
-    steps_per_second: float = 8.0,
+    steps_per_second: float = 30.0,
     template_settings: dict[str, Any] | None = None,
     console: Console | None = None,
     ask: Callable[[str], str] = input,
@@ -31,7 +32,7 @@ def chat(
 
     Args:
         seed: of the noise, which is a function of it and of the number of the line.
-        steps_per_second: of what is played.
+        steps_per_second: that are drawn, at most.
         ask: where lines come from; gets what to show before a line, raises EOFError at the end.
     """
     console = console or Console()
@@ -55,13 +56,17 @@ def chat(
             messages.append({"role": "user", "content": line})
             prompt_ids, prompt_mask = encode_prompts(tokenizer, [messages], device, template_settings)
             keys = row_keys(torch.tensor([number]), "chat", seed)
-            rollout = generate(model, prompt_ids, prompt_mask, config, row_keys=keys)
-            [text], [ended] = read_completions(rollout, tokenizer, end_token_ids(model))
+            sample = partial(generate, model, prompt_ids, prompt_mask, config, row_keys=keys)
             if console.is_terminal:
-                play(rollout, tokenizer, steps_per_second=steps_per_second, console=console)
-                if not ended:
-                    console.print("No end of text: raise --max_completion_length.", style="dim")
+                with LiveCanvas(tokenizer, console, steps_per_second) as canvas:
+                    rollout = sample(on_step=canvas)
+                    canvas.finish(rollout)
             else:
+                rollout = sample()
+            [text], [ended] = read_completions(rollout, tokenizer, end_token_ids(model))
+            if not console.is_terminal:
                 console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+            elif not ended:
+                console.print("No end of text: raise --max_completion_length.", style="dim")
             messages.append({"role": "assistant", "content": text})
             number += 1

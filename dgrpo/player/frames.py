@@ -63,6 +63,25 @@ class Frame:
         return token is not None and token.step >= 0 and token.step > (self.step - 1 if since is None else since)
 
 
+class Canvas:
+    """A canvas of hidden tokens that is written step by step."""
+
+    def __init__(self, length: int, block_length: int):
+        self.tokens: list[Token | None] = [None] * length
+        self.block_length = block_length
+        self.earlier: dict[int, tuple[str, ...]] = {}
+
+    def write(self, step: int, changes: list[tuple[int, Token | None]]) -> Frame:
+        """The frame after a step that wrote these (position, token), None where it hid a token again."""
+        for position, token in changes:
+            if (before := self.tokens[position]) is not None:
+                self.earlier[position] = (*before.earlier, before.text)
+            self.tokens[position] = token and replace(token, earlier=self.earlier.get(position, ()))
+        rehidden = frozenset(position for position, token in changes if token is None)
+        block = changes[0][0] // self.block_length if changes and step >= 0 else 0
+        return Frame(step, tuple(self.tokens), self.block_length, block, rehidden)
+
+
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """What each token adds to the text of the tokens before it; of a character split over tokens, the last has it."""
     texts, done = [], ""
@@ -136,18 +155,8 @@ def frames(
     if not -len(rollout.completion_ids) <= row < len(rollout.completion_ids):
         raise ValueError(f"row={row}: the rollout has rows 0 to {len(rollout.completion_ids) - 1}.")
     block_length = block_length or rollout.block_length or block_length_of(rollout)
-    canvas: list[Token | None] = [None] * rollout.completion_ids.shape[1]
-    earlier: dict[int, tuple[str, ...]] = {}
-    shots: list[Frame] = []
-    for step, changes in _writes(rollout, tokenizer, row):
-        for position, token in changes:
-            if (before := canvas[position]) is not None:
-                earlier[position] = (*before.earlier, before.text)
-            canvas[position] = token and replace(token, earlier=earlier.get(position, ()))
-        rehidden = frozenset(position for position, token in changes if token is None)
-        block = changes[0][0] // block_length if changes and step >= 0 else 0
-        shots.append(Frame(step, tuple(canvas), block_length, block, rehidden))
-    return shots
+    canvas = Canvas(rollout.completion_ids.shape[1], block_length)
+    return [canvas.write(step, changes) for step, changes in _writes(rollout, tokenizer, row)]
 
 
 def prompt_text(rollout: Rollout, tokenizer: PreTrainedTokenizerBase, row: int = 0) -> str:

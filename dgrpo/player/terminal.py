@@ -109,6 +109,12 @@ def render(frame: Frame, *, prompt: str = "", num_steps: int, width: int, height
     )
 
 
+def room(console: Console, num_tokens: int) -> tuple[int, int]:
+    """Width of the panel, and lines of text that fit beside its border, prompt, canvas and legend."""
+    width = min(console.width, 100)
+    return width, max(3, console.height - 14 - num_tokens // width)
+
+
 def play(
     rollout: Rollout,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,9 +127,7 @@ def play(
     """Play one row's denoising in the terminal; where the output is no terminal, only its last frame is written."""
     console = console or Console()
     shots = frames(rollout, tokenizer, row, block_length)
-    prompt, width = prompt_text(rollout, tokenizer, row), min(console.width, 100)
-    # Border, prompt, canvas and legend need the rest of the screen.
-    height = max(3, console.height - 14 - len(shots[0].tokens) // width)
+    prompt, (width, height) = prompt_text(rollout, tokenizer, row), room(console, len(shots[0].tokens))
     last = render(shots[-1], prompt=prompt, num_steps=rollout.num_steps, width=width)
     if not console.is_terminal:
         console.print(last)

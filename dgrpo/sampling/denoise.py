@@ -72,7 +72,7 @@ class Denoiser:
         self.log: list[tuple[Tensor, ...]] = []
         self.events: list[tuple[Tensor, Tensor]] = []
 
-    def run(self) -> None:
+    def run(self, on_step: Callable[["Denoiser"], Any] = bool) -> None:
         alive, going_on = torch.arange(len(self.canvas), device=self.canvas.device), None
         for block in range(self.config.num_blocks):
             if not self.any_rank(len(alive) > 0):
@@ -87,6 +87,7 @@ class Denoiser:
                     self.network.idle_pass(self.canvas)
                 else:
                     self._step(start, block * self.config.steps_per_block, *now)
+                    on_step(self)
             self.canvas[self.rows] = self.ids
             self._record()
             if self.config.stop_at_eos:

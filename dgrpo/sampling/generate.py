@@ -23,10 +23,6 @@ def end_token_ids(model: Any) -> Tensor:
     return torch.tensor([ids] if isinstance(ids, int) else list(ids))
 
 
-def _same_prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    return prompt_ids.masked_fill(~prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
-
-
 def generate(
     model: Any,
     prompt_ids: Tensor,
@@ -39,6 +35,7 @@ def generate(
     group: Tensor | None = None,
     batch_size: int | None = None,
     any_rank: Callable[[bool], bool] = bool,
+    on_step: Callable[[Denoiser], Any] = bool,
 ) -> Rollout:
     """Completions sampled by denoising (LLaDA, arXiv:2502.09992, algorithm 5), with the record of how.
 
@@ -56,6 +53,7 @@ def generate(
         group: Numbers of the prompts [B]; by default rows with equal prompts share one.
         batch_size: Rows denoised at a time, sorted by prompt length; by default all.
         any_rank: Whether a flag is true on any process; give it where all processes must make equally many passes.
+        on_step: What the denoising loop is handed to after each of its steps; `bool` does nothing.
 
     Returns:
         The completions and how they came about. Where the model attends in blocks of b tokens, these are counted from
@@ -95,7 +93,7 @@ def generate(
         blank = torch.where(fixed >= 0, fixed, blank)
     end_ids = end_token_ids(model).to(device)
     if group is None:
-        group = _same_prompt_groups(prompt_ids, prompt_mask)
+        group = prompt_ids.masked_fill(~prompt_mask, -1).unique(dim=0, return_inverse=True)[1]
     prompt_tail = group.new_zeros(num_rows)
     if block_length is not None:
         words = blank != model.config.mask_token_id
@@ -122,7 +120,7 @@ def generate(
             part = Denoiser(
                 network, config, canvas, prompt_mask[rows, skip:], row_keys[rows], end_ids, prompt_tail[rows], any_rank
             )
-            part.run()
+            part.run(on_step)
             completion_ids[rows] = part.canvas[:, part.prompt_width :]
             num_forwards += network.num_forwards
             for event, value in part.events:
