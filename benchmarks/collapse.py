@@ -7,14 +7,12 @@ batches. Every change keeps that rate but the one that lowers it. Three seeds; a
 way and how many seeds end below their start. Forty CPU-minutes.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-from study import Run, accuracy, one_thread, results, spread
+from study import one_thread, study_parser, words
 
-SEEDS = (0, 1, 2)
-ROLLOUTS = 16
+from dgrpo.run.study import Budget, study
+
 TASKS: dict[str, dict[str, Any]] = {
     "gsm8k": {"per_device_train_batch_size": 64, "log_kl": False, "learning_rate": 5e-3},
     "sudoku": {
@@ -45,51 +43,30 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_of(task: str, name: str, seed: int) -> Run:
-    """The task's setting on the brink with the change of that name."""
-    settings = COMMON | TASKS[task]
+def variant(task: str, name: str) -> list[str]:
+    """The change of that name to the task's setting on the brink."""
+    settings = dict(CHANGES[name])
     if name == "a fifth of the learning rate":
         settings["learning_rate"] = TASKS[task]["learning_rate"] / 5
     elif name == "batch four times as large":
         settings["per_device_train_batch_size"] = 4 * TASKS[task]["per_device_train_batch_size"]
-    if CHANGES[name].get("estimator") == "trace":
+    if settings.get("estimator") == "trace":
         # Two views of gsm8k's sixteen steps, all four of Sudoku's.
         settings["estimator_kwargs"] = {"shrink": {"gsm8k": 8, "sudoku": 1}[task]}
-    key = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in name)
-    return Run(key, task, seed, settings | CHANGES[name], ROLLOUTS, points=(ROLLOUTS // 4, ROLLOUTS // 2))
-
-
-def table(task: str, found: dict[str, list[dict]]) -> str:
-    """Markdown: a row for each change."""
-    start = accuracy(found["nothing changed"][0]["points"][0])
-    quarter, half = ROLLOUTS // 4, ROLLOUTS // 2
-    lines = [
-        f"{task}: {start:.1%} before; mean [least, most] of {len(SEEDS)} seeds.\n",
-        f"| changed | after {quarter} rollouts | after {half} | after {ROLLOUTS} | seeds that end below the start |",
-        "|---|---|---|---|---|",
-    ]
-    for name, runs in found.items():
-        cells = [spread([accuracy(each["points"][index]) for each in runs]) for index in (1, 2, 3)]
-        below = sum(accuracy(each["points"][-1]) < start for each in runs)
-        lines.append(f"| {name} | {' | '.join(cells)} | {below} |")
-    return "\n".join(lines)
+    return words(settings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"))
+    parser = study_parser(__doc__, "collapse")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
     one_thread()
-    folder = arguments.output_dir.resolve()
-    tables = []
     for task in arguments.tasks:
-        found = {
-            name: results([run_of(task, name, seed) for seed in SEEDS], folder, arguments.workers) for name in CHANGES
-        }
-        tables.append(table(task, found))
-    print("\n" + "\n\n".join(tables))
+        variants = {name: variant(task, name) for name in CHANGES}
+        common = words(COMMON | TASKS[task])
+        budget = Budget(rollouts=(4, 8, 16))
+        folder, seeds, workers = arguments.output_dir, arguments.seeds, arguments.workers
+        print("\n" + study(task, variants, budget, folder, seeds=seeds, common=common, workers=workers))
 
 
 if __name__ == "__main__":

@@ -6,26 +6,24 @@ First rollouts alone, from the embedded checkpoints; then short runs of the main
 seeds each. Two tables. Ten CPU-minutes.
 """
 
-import argparse
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from study import ROOT, Run, accuracy, one_thread, results, spread
+from study import ROOT, one_thread, study_parser, words
 from transformers.utils import logging
 
 from dgrpo import SamplerConfig, generate, load_model
 from dgrpo.evaluation.answers import encode_prompts
 from dgrpo.noise import row_keys
 from dgrpo.run.steps import CHECKPOINTS
+from dgrpo.run.study import Budget, study
 from dgrpo.tasks import TASKS, load_rows
 
 NUM_ROLLOUTS = 512
-SEEDS = (0, 1, 2)
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [
         {},
@@ -120,28 +118,16 @@ def rollout_table(task: str) -> str:
     return "\n".join(lines)
 
 
-def training_table(folder: Path, workers: int) -> str:
-    """Markdown: accuracy after 6 and 12 rollouts of the main job, by sampler setting."""
-    lines = ["| gsm8k | after 6 rollouts | after 12 | CPU-s |", "|---|---|---|---|"]
-    for name, change in TAUGHT.items():
-        runs = [Run(name.replace(" ", "_"), "gsm8k", seed, TRAINING | change, 12, points=(6,)) for seed in SEEDS]
-        found = results(runs, folder, workers)
-        cells = [spread([accuracy(each["points"][index]) for each in found]) for index in (1, 2)]
-        seconds = sum(each["points"][-1]["cpu_seconds"] for each in found) / len(found)
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {seconds:.0f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/diversity"))
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    arguments = parser.parse_args()
+    arguments = study_parser(__doc__, "diversity").parse_args()
     one_thread()
     logging.set_verbosity_error()
     for task in CHANGES:
         print(f"\n{rollout_table(task)}", flush=True)
-    print("\n" + training_table(arguments.output_dir.resolve(), arguments.workers))
+    variants, common = {name: words(change) for name, change in TAUGHT.items()}, words(TRAINING)
+    folder, seeds, workers = arguments.output_dir, arguments.seeds, arguments.workers
+    budget = Budget(rollouts=(6, 12))
+    print("\n" + study("gsm8k", variants, budget, folder, seeds=seeds, common=common, workers=workers))
 
 
 if __name__ == "__main__":

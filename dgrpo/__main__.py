@@ -6,6 +6,7 @@
   dgrpo watch --adapter runs/gsm8k      plays how an answer is denoised
   dgrpo chat --adapter runs/gsm8k       answers what you type; `dgrpo generate` answers a file of prompts
   dgrpo fill --prompt QUESTION TEXT     writes what TEXT has hidden as [MASK], between words that stay
+  dgrpo study --task gsm8k --presets diffu_grpo tracerl      compares methods over seeds, as a table and a plot
   dgrpo plan --config gsm8k_llada_8b    what a run will cost on a GPU, before it is rented
 
 `dgrpo COMMAND --help` says more. On several GPUs: `accelerate launch --config_file FILE -m dgrpo train ...`.
@@ -31,6 +32,8 @@ from dgrpo.cli import (
     seed,
     whole,
 )
+
+STUDIED = [name for name in TRAINABLE if name not in ("sft", "vrpo")]
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 
@@ -238,6 +241,29 @@ def plan(arguments: argparse.Namespace) -> None:
     main(arguments)
 
 
+def study(arguments: argparse.Namespace) -> None:
+    """Compares presets by many short runs, and prints the table."""
+    from dgrpo.run.study import Budget, study
+
+    names = ["recipe" if each == "none" else Path(each).stem for each in arguments.presets]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"presets={arguments.presets}: {repeated!r} is there twice; name each once.")
+    settings = [[] if each == "none" else ["--preset", each] for each in arguments.presets]
+    seconds = arguments.seconds or ([] if arguments.rollouts else [60.0])
+    sys.path.append("")
+    table = study(
+        arguments.task,
+        dict(zip(names, settings, strict=True)),
+        Budget(tuple(seconds), tuple(arguments.rollouts)),
+        arguments.output_dir,
+        seeds=range(arguments.seeds),
+        common=arguments.settings,
+        learning_rates=arguments.learning_rates,
+        workers=arguments.workers,
+    )
+    print(f"\n{table}\n\nTable and plot: {arguments.output_dir / arguments.task}.md, .png")
+
+
 def check_rows(arguments: argparse.Namespace) -> None:
     """Puts the references of a dataset's training rows through rewards and says how many pass."""
     from dgrpo.run.own_data import parse_own_data
@@ -424,6 +450,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     comparing.set_defaults(run=compare)
 
+    studying = commands.add_parser(
+        "study",
+        allow_abbrev=False,
+        help="compare methods: many short runs, a table and a plot",
+        description="Trains each preset with several seeds, measures all of them on the same held-out problems after "
+        "the same time or rollouts, and writes a table (mean, least, most) and a plot. Run again, it resumes. "
+        "Rollouts are exact and the learning rate constant after its warm-up, unless a setting says otherwise.",
+        epilog="Further settings are those of `dgrpo train TASK`, for all runs: such as --num_eval_problems 128.",
+    )
+    studying.add_argument("--presets", nargs="+", default=["none"], help="names or YAML files; none: the recipe alone")
+    studying.add_argument("--task", required=True, choices=STUDIED, metavar="TASK", help=", ".join(STUDIED))
+    studying.add_argument("--seeds", type=whole, default=3, help="runs of each preset: seeds 0, 1, 2, ... (3)")
+    studying.add_argument("--seconds", type=positive_number, nargs="+", help="of training; CPU seconds on a CPU (60)")
+    studying.add_argument("--rollouts", type=whole, nargs="+", default=[], help="batches of rollouts")
+    studying.add_argument(
+        "--learning_rates",
+        type=positive_number,
+        nargs="+",
+        default=[],
+        help="tried first over half of the budget, on a seed of its own; the best is compared",
+    )
+    studying.add_argument("--output_dir", type=Path, default=Path("runs/study"), help="results are kept here")
+    studying.add_argument("--workers", type=whole, default=1, help="runs at a time")
+    studying.set_defaults(run=study)
+
     reporting = commands.add_parser("report", help="write report.html of a run again")
     reporting.add_argument("folder", type=Path, help="the run's folder, also of one that still trains")
     reporting.add_argument("--png", action="store_true", help="write curves.png too")
@@ -447,7 +498,7 @@ def main(argv: list[str] | None = None) -> None:
             parser = build_parser()
             arguments, settings = parser.parse_known_args(argv)
             checks_own_data = arguments.command == "validate" and arguments.task == "grpo"
-            with_settings = arguments.command == "plan" or checks_own_data
+            with_settings = arguments.command in ("plan", "study") or checks_own_data
             if settings and not with_settings:
                 parser.error(f"unrecognized arguments: {' '.join(settings)}")
             if with_settings:
