@@ -71,6 +71,45 @@ def test_conversations_of_several_turns_end_with_the_question(tmp_path):
     assert set(train["answer"]) == {"4"}
 
 
+@pytest.mark.parametrize("divider", [";", "\t"])
+def test_fields_divided_by_semicolons_or_tabs_are_read(tmp_path, divider):
+    path = tmp_path / "rows.csv"
+    lines = [divider.join(fields) for fields in [("id", "Aufgabe (Text)", "Loesung"), ("1", '"What, 1+1?"', "2,5")]]
+    path.write_text("\n".join(lines), encoding="utf-8-sig")
+    assert read_rows(str(path), "train") == [{"id": "1", "Aufgabe (Text)": "What, 1+1?", "Loesung": "2,5"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], None),
+        ([{"role": "user", "content": [{"type": "image", "url": "a"}]}], "a part of type 'image'; only texts"),
+        ([{"role": "bot", "content": "a"}], "role 'bot' is none of system, developer, user"),
+        ([{"role": "system", "content": "a"}], "nothing is asked, there is no message of the user"),
+        ([{"role": "assistant", "content": "a"}], "nothing is asked, there is no message of the user"),
+        (0, "prompt_column='prompt' is 0; give a text, or messages"),
+        ([], "it is empty. Fill it in, or leave such rows out with --skip_empty true"),
+    ],
+    ids=str,
+)
+def test_messages_of_other_forms_are_read_or_refused(content, message):
+    if message is None:
+        assert OwnData().prompt_of({"prompt": content}) == [{"role": "user", "content": "ab"}]
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            OwnData().prompt_of({"prompt": content})
+
+
+def test_files_in_other_encodings_and_lines_too_long_are_named(tmp_path):
+    for name, content, message in (
+        ("a.csv", "q,a\nZo\u00eb?,1\n".encode("latin-1"), "the file is not in UTF-8 (.*); save it in that encoding"),
+        ("b.csv", b"q,a\n1,2\n1,2,3\n", "cannot be read: Expected 2 fields in line 3, saw 3"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_rows(str(tmp_path / name), "train")
+
+
 def test_parts_and_mixtures_of_datasets(shop):
     assert len(read_rows(f"{shop}@train[10:20]+train[:5%]", "train")) == 14
     assert len(read_rows(shop, "train", first=7)) == 7

@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 _PROMPTS = ("prompt", "messages", "conversations")
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 Prompt = str | Messages
 
 
@@ -53,8 +54,9 @@ class PromptColumns:
                 f"among {list(row)}. Name the one that asks with --prompt_column."
             )
         value = row[name]
-        if not value or (isinstance(value, str) and not value.strip()):
-            raise ValueError(f"dataset: prompt_column={name!r}: it is empty. Fill it in, or remove the row.")
+        if is_empty(value):
+            remedy = "leave such rows out with --skip_empty true" if isinstance(self, OwnData) else "remove the row"
+            raise ValueError(f"dataset: prompt_column={name!r}: it is empty. Fill it in, or {remedy}.")
         return name, value
 
     def turns(self, row: dict[str, Any]) -> tuple[Prompt, str | None]:
@@ -69,8 +71,8 @@ class PromptColumns:
                 "prompt_format='chat'."
             )
         last = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-        if not messages:
-            raise ValueError(f"dataset: prompt_column={name!r}: nothing is asked before the assistant's message.")
+        if all(message["role"] == "system" for message in messages):
+            raise ValueError(f"dataset: prompt_column={name!r}: nothing is asked, there is no message of the user.")
         return messages, last
 
     def prompt_of(self, row: dict[str, Any], instruction: str = "", examples: Messages | None = None) -> Prompt:
@@ -199,12 +201,22 @@ def messages_of(name: str, value: Any) -> Messages:
     for message in value if isinstance(value, list) else [None]:
         message = dict(message) if isinstance(message, dict) else {}
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            # The parts of a message in OpenAI's form.
+            if other := next((part.get("type") for part in content if part.get("type") != "text"), None):
+                raise ValueError(
+                    f"dataset: prompt_column={name!r} holds a part of type {other!r}; only texts are read."
+                )
+            content = "".join(str(part.get("text")) for part in content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(
                 f"dataset: prompt_column={name!r} is {value!r:.200}; give a text, or messages with a role and a text "
                 "as content."
             )
-        messages.append({"role": _ROLES.get(role, role), "content": content})
+        role = _ROLES.get(role, role)
+        if role not in _KNOWN_ROLES:
+            raise ValueError(f"dataset: prompt_column={name!r}: role {role!r} is none of {', '.join(_KNOWN_ROLES)}.")
+        messages.append({"role": role, "content": content})
     return messages
 
 

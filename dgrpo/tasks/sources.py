@@ -146,17 +146,29 @@ def _file_rows(file: str) -> Rows:
     rows: Any
     try:
         if path.suffix.lower() == ".csv":
-            # Digits such as "0102" are text: nothing may be read as a number on the way.
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+            rows = _csv_rows(path)
         elif path.suffix.lower() == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             rows = json_rows(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"dataset={file!r}: the file is not in UTF-8 ({error}); save it in that encoding.") from error
     except (ValueError, pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"dataset={file!r}: the file cannot be read: {str(error).strip()}") from error
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        raise ValueError(f"dataset={file!r}: the file cannot be read: {reason}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"dataset={file!r}: must be rows of named fields, at least one.")
     return rows  # type: ignore[no-any-return]
+
+
+def _csv_rows(path: Path) -> Rows:
+    """The rows of a file with commas between its fields, or semicolons or tabs where its header has no comma."""
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline()
+    divider = "," if "," in header else next((each for each in ";\t" if each in header), ",")
+    # Digits such as "0102" are text: nothing may be read as a number on the way.
+    rows: Rows = pd.read_csv(path, sep=divider, dtype=str, keep_default_na=False).to_dict("records")
+    return rows
 
 
 def json_rows(text: str) -> list[Any]:
