@@ -21,6 +21,7 @@ from dgrpo.cli import (
     CARDS,
     DTYPES,
     RECIPES,
+    STUDIED,
     TRAINABLE,
     Parser,
     found_file,
@@ -32,8 +33,6 @@ from dgrpo.cli import (
     seed,
     whole,
 )
-
-STUDIED = [name for name in TRAINABLE if name not in ("sft", "vrpo")]
 
 # What a command needs is imported in it: torch and its kin take seconds, and `--help` should not wait for them.
 

@@ -22,6 +22,11 @@ RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "re
 # From the folder, not from the tasks: `dgrpo --help` should not import them.
 TRAINABLE = [file.stem for file in sorted(RECIPES.glob("*.py")) if file.stem not in ("evaluate", "merge")]
 
+# Those that are trained by rewards, and so can be evaluated and compared.
+STUDIED = [name for name in TRAINABLE if name not in ("sft", "vrpo")]
+
+PROTOCOLS = ("strict", "d1")
+REMASKING = ("low_confidence", "random", "entropy", "topk_margin", "sequential")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # How long the other processes of a machine leave it to the first one to say what is wrong.

@@ -9,7 +9,6 @@ adapters are folded in the order given; two that name the same base are refused.
 import argparse
 
 from dgrpo.cli import Parser, named, one_line_errors
-from dgrpo.run.merge import merge_adapters
 
 
 def main() -> None:
@@ -20,6 +19,9 @@ def main() -> None:
     parser.add_argument("--base", type=named, help="Base model; default: what the first adapter was trained on.")
     parser.add_argument("--output_dir", type=named, required=True)
     arguments = parser.parse_args()
+    # Imported where the command line is read: `--help` does not wait for torch and its kin.
+    from dgrpo.run.merge import merge_adapters
+
     print(merge_adapters(arguments.adapter, arguments.output_dir, base=arguments.base))
 
 

@@ -8,11 +8,14 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from dgrpo import cli
 from dgrpo.__main__ import main
+from dgrpo.cli import REMASKING, STUDIED
+from dgrpo.sampling.config import Remasking
 from dgrpo.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +50,11 @@ def test_train_runs_the_recipe_of_the_task_with_the_words_that_follow(ran, task)
 def test_evaluate_and_merge_run_their_recipes(ran, command):
     main([command, "--help"])
     assert ran == [(ROOT / "recipes" / f"{command}.py", ["--help"], "__main__")]
+
+
+def test_the_names_that_help_offers_without_importing_are_those_of_the_code():
+    assert sorted(STUDIED) == sorted([*TASKS, "grpo"])
+    assert get_args(Remasking) == REMASKING
 
 
 def test_files_of_the_recipes_are_found_by_name_and_own_files_first(ran, tmp_path, monkeypatch):
@@ -215,7 +223,12 @@ def test_it_trains_from_a_wheel_in_another_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["train", "gsm8k", "--help"], ["report", "RUN"]]
+    "words",
+    [
+        *(["--help"], ["--version"], ["train", "--help"], ["train", "gsm8k", "--help"], ["report", "RUN"]),
+        *([command, "--help"] for command in ("evaluate", "merge", "generate", "chat", "study", "plan")),
+    ],
+    ids=" ".join,
 )
 def test_what_answers_at_once_imports_nothing_heavy(tmp_path, words):
     words = [str(tmp_path) if word == "RUN" else word for word in words]

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from dgrpo import run
 from dgrpo.evaluation.answers import Evaluation
 from dgrpo.run import callbacks, summary
+from dgrpo.run import evaluation as run_evaluation
 from dgrpo.run.callbacks import HeldOutEvaluation, MetricsFile
 from dgrpo.tasks import TASKS, gsm8k
 
@@ -128,14 +129,12 @@ def asked(monkeypatch, tmp_path):
         seen.append([config.max_completion_length for config in configs])
         return []
 
-    # Full attention, whatever the name: nothing is read.
-    monkeypatch.setattr(recipe, "load_config", lambda name: None)
     for name, stub in (("load_rows", load_rows), ("evaluate_checkpoint", evaluate_checkpoint)):
-        monkeypatch.setattr(recipe, name, stub)
+        monkeypatch.setattr(run_evaluation, name, stub)
     # Models that are nowhere: no configuration says that they attend block by block.
-    monkeypatch.setattr(recipe, "load_config", lambda name: None)
+    monkeypatch.setattr(run_evaluation, "load_config", lambda name: None)
     for name in ("write_results", "show_results", "default_to_one_thread"):
-        monkeypatch.setattr(recipe, name, lambda *given: None)
+        monkeypatch.setattr(run_evaluation, name, lambda *given: None)
 
     def start(*words: str) -> list:
         seen.clear()
