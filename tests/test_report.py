@@ -211,6 +211,13 @@ def test_warnings_say_what_went_wrong(run_dir):
     assert warnings({}, {"steps": 3}, {"max_steps": 9}) == ["The run ended after 3 of 9 updates."]
     [none] = warnings({"grad_norm": [(1, 0.0), (2, 0.0)]}, {}, {})
     assert none.startswith("Nothing was learned")
+    [still] = warnings({"learning_rate": [(1, 0.0), (2, 0.0)], "grad_norm": [(1, 0.5)]}, {}, {})
+    assert still == "Nothing was learned: the learning rate was 0 at every update."
+    worse = {"before": {"accuracy": 0.5, "interval": [0.4, 0.6]}, "after": {"accuracy": 0.25, "interval": [0.2, 0.39]}}
+    assert warnings({}, worse, {}) == [
+        "The held-out accuracy fell from 50.0 % to 25.0 %, by more than chance: lower the learning rate."
+    ]
+    assert warnings({}, worse | {"after": {"accuracy": 0.3, "interval": [0.2, 0.4]}}, {}) == []
     [flat] = warnings({"frac_reward_zero_std": [(step, float(step > 5)) for step in range(8)]}, {}, {})
     assert "frac_reward_zero_std is 1 (healthy: well below 1)" in flat
     assert warnings({"frac_reward_zero_std": [(step, float(step < 5)) for step in range(8)]}, {}, {}) == []
