@@ -217,10 +217,10 @@ def warnings(metrics: Metrics, summary: dict, config: dict) -> list[str]:
         found.append(f"The run ended after {steps} of {asked} updates.")
     results = [summary.get(key) or {} for key in ("before", "after")]
     if all(result.get("interval") for result in results) and results[1]["interval"][1] < results[0]["interval"][0]:
-        (name, first, unit), (_, last, _) = map(figure_of, results)
-        if first is not None and last is not None:
-            fall = f"from {unit.number(first)}{unit.sign} to {unit.number(last)}{unit.sign}"
-            found.append(f"The held-out {name} fell {fall}, by more than chance: lower the learning rate.")
+        (measure, start, unit), (_, end, _) = map(figure_of, results)
+        if start is not None and end is not None:
+            fall = f"from {unit.number(start)}{unit.sign} to {unit.number(end)}{unit.sign}"
+            found.append(f"The held-out {measure} fell {fall}, by more than chance: lower the learning rate.")
     before, after = (result.get("coverage") or {} for result in results)
     for sampler in [name for name, scores in before.items() if isinstance(scores, dict) and name in after]:
         # The largest k stands last.
@@ -228,9 +228,8 @@ def warnings(metrics: Metrics, summary: dict, config: dict) -> list[str]:
         last, _, high = after[sampler].get(k, (first, 0.0, 1.0))
         if last < low and high < first:
             found.append(f"Coverage fell: {k} ({sampler} sampler) was {first:.1%} and is {last:.1%}.")
-    for column, words in (("grad_norm", "the gradient"), ("learning_rate", "the learning rate")):
-        values = [value for _, value in metrics.get(column, [])]
-        if values and not any(values):
+    for name, words in (("grad_norm", "the gradient"), ("learning_rate", "the learning rate")):
+        if metrics.get(name) and not any(value for _, value in metrics[name]):
             found.append(f"Nothing was learned: {words} was 0 at every update.")
     for column, points in metrics.items():
         metric = metric_of(column)
