@@ -26,7 +26,7 @@ from rewards.text import Completion, completion_text, short_answer, without_mark
 
 NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w]|[.,]\d)", re.ASCII)
 BESIDE_AN_OPERATOR = re.compile(r"[-+*/^<>~]\s*#|#\s*[-+*/^<>~]")
-SIGNS = str.maketrans({"−": "-", "€": "", "£": "", "°": "", "“": '"', "”": '"'})
+SIGNS = str.maketrans({"−": "-", "€": "", "£": "", "°": " ", "“": '"', "”": '"'})
 INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)", re.ASCII)
 
 

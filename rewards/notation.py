@@ -28,6 +28,39 @@ RESERVATION = re.compile(
 )
 CONJUNCTION = re.compile(r"[\s,;]*(?:\band\b|\bor\b|,|;)[\s,;]*")
 
+# What frames a whole answer and says nothing: marks of headings and quotations, arrows, sizes and spaces before and
+# behind it; quotes and environments around it; commands of emphasis and braces, whose end is looked for.
+BEFORE = re.compile(
+    r"(?:#{1,6}\s+|>\s+(?=[$\\*#])|[=:⇒∴→]\s*|\\(?:Rightarrow|Longrightarrow|implies|therefore|displaystyle|textstyle"
+    r"|small|normalsize|large|Large|LARGE|huge|Huge|bf|q?quad)(?![A-Za-z])\s*|\\[,;: ])+"
+)
+BEHIND = re.compile(r"(?:\s|\\q?quad(?![A-Za-z])|\\(?:blacksquare|checkmark)(?![A-Za-z]))+$")
+AROUND = re.compile(
+    r"\"(?P<quote>[^\"]*)\"|“(?P<curly>[^“”]*)”|_(?P<maths>\$.+\$|\\\(.+\\\))_"
+    r"|\\begin\{((?:equation|align|gather|displaymath|math)\*?)\}\s*&?"
+    r"(?P<lines>(?:(?!\\\\).)*|\\begin\{[bpv]?matrix\}.*\\end\{[bpv]?matrix\})(?:\\\\\s*)?\\end\{\4\}",
+    re.DOTALL,
+)
+FRAME = re.compile(r"(?:\\(?:underline|fbox|ensuremath|mathbf|boldsymbol|bm|mathsf|mathit|textbf(?=\{[$\\\d]))\s*)?\{")
+
+
+def unframed(text: str) -> str:
+    """The answer without what frames the whole of it."""
+    before = None
+    while text != before:
+        before = text
+        text = BEHIND.sub("", BEFORE.sub("", text.strip(), count=1) if BEFORE.match(text.strip()) else text.strip())
+        if around := AROUND.fullmatch(text):
+            text = next(part for name, part in around.groupdict().items() if part is not None)
+        if (frame := FRAME.match(text)) and text.endswith("}"):
+            depth, end = 1, frame.end()
+            while end < len(text) and depth:
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                end += 1
+            if end == len(text) and not depth:
+                text = text[frame.end() : -1]
+    return text
+
 
 def bare(answer: str) -> str | None:
     r"""The answer without Markdown, delimiters of mathematics and prose around it; None where prose takes it back.
@@ -35,8 +68,9 @@ def bare(answer: str) -> str | None:
     Of prose around one formula, the formula counts; several formulas joined by commas, "and" or "or" are a list. What
     stands beside numbers, or between other formulas, is part of the answer.
     """
-    text = without_markdown(answer).strip()
+    text = without_markdown(re.sub(r"(?m)^#{1,6}\s+", "", answer)).strip()
     for _ in range(3):
+        text = unframed(text)
         formulas = [next(filter(None, match.groups())).strip() for match in MATHS.finditer(text)]
         outside = MATHS.sub("\0", text)
         between = outside.split("\0")[1:-1]
@@ -53,7 +87,7 @@ def bare(answer: str) -> str | None:
         if RESERVATION.search(introduction[0]):
             return None
         text = text[introduction.end() :]
-    return text.strip()
+    return unframed(text)
 
 
 UNICODE = str.maketrans(
@@ -82,6 +116,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"√\s*(\d+|[A-Za-z])"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√"), r"\\sqrt "),
+    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])\.?"), ""),
     (re.compile(r"\\(?:lbrace|rbrace)(?![A-Za-z])"), lambda match: r"\{" if match[0] == r"\lbrace" else r"\}"),
     (re.compile(r"\\(leq|geq|neq|varnothing)(?![A-Za-z])"), lambda match: ORDER[match[1]]),
@@ -99,6 +134,7 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     (re.compile(r"\\\$|\$"), ""),
     (re.compile(r"\\%|%"), r"\\%"),
     (re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*per\s?cent\s*\}|\bper\s?cent\b)"), r"\\%"),
+    (re.compile(r"^\s*(-?)\s*\(\s*(\d+\s*/\s*\d+|\\frac\s*\{\d+\}\s*\{\d+\})\s*\)\s*$"), r"\1\2"),
     # White space only where it tells two words or numbers apart.
     (re.compile(r"\s+"), " "),
     (re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])"), ""),

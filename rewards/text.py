@@ -37,6 +37,10 @@ EMPHASIS = re.compile(
 WRAPPED = re.compile(r"(\*{1,3}|__)(?![*_])((?:(?!\1).)+)\1\.?", re.DOTALL)
 # Signs that are not seen, and spaces that do not break a line.
 UNSEEN = str.maketrans(dict.fromkeys("\u200b\u200c\u2060\ufeff") | dict.fromkeys("\u00a0\u2009\u202f", " "))
+# A narrow space between groups of three digits; marks that something was checked; tags around words or numbers.
+NARROW = re.compile(r"(?<=\d)[\u2009\u202f](?=\d{3}(?!\d))")
+CHECKED = re.compile(r"\s*[✓✔✅☑∎■]\ufe0f?\s*$")
+TAGGED = re.compile(r"<(b|strong|i|em|u|p|center)>(.*?)</\1>", re.DOTALL)
 FENCE = re.compile(r"```(?:latex|tex|math|text)?[ \t]*\n|`")
 
 
@@ -59,6 +63,7 @@ def answer_block(text: str) -> str | None:
 
 def unwrapped(text: str) -> str:
     """The text without code marks, unseen signs, and what Markdown puts around the whole of it."""
+    text = TAGGED.sub(r"\2", CHECKED.sub("", NARROW.sub("", text)))
     text = FENCE.sub("", text.translate(UNSEEN)).strip()
     match = WRAPPED.fullmatch(text)
     return match[2].strip() if match else text

@@ -193,3 +193,9 @@ def test_gold_answers_of_real_rows():
     assert correctness_reward(rows, texts, [row["answer"] for row in rows]) == [1.0] * len(rows)
     assert integer_reward(rows, texts) == [1.0] * len(rows)
     assert sum(correctness_reward(rows, [f"<answer>{gold}1</answer>" for gold in golds], golds)) == 0
+
+
+@pytest.mark.parametrize("form", ["%s ✓", "<b>%s</b>", "%s°C"])
+def test_check_marks_tags_and_degrees_beside_a_number(form):
+    answers = [f"<answer>\n{form % text}\n</answer>" for text in ("16", "17")]
+    assert correctness_reward([None] * 2, answers, ["16"] * 2) == [1.0, 0.0]

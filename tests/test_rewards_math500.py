@@ -477,3 +477,42 @@ def test_gold_answers_of_math500():
         assert correctness_reward(golds, texts, golds) == [1.0] * len(golds)
     # And by math-verify itself, where the texts differ.
     assert all(math500.math_verify.equal([(gold, f"{gold} ") for gold in golds]))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "### Final Answer\n$%s$",
+        "> $%s$",
+        r"$\Rightarrow %s$",
+        "∴ %s",
+        "$%s$ ✓",
+        "<b>%s</b>",
+        '"%s"',
+        "_$%s$_",
+        r"\underline{%s}",
+        r"\fbox{$%s$}",
+        r"\boxed{\large %s}",
+        r"\boxed{\mathbf{%s}}",
+        r"\begin{equation*}\boxed{%s}\end{equation*}",
+        r"\begin{align*}%s\end{align*}",
+    ],
+)
+@pytest.mark.parametrize(("gold", "wrong"), [(r"-\frac{8}{15}", r"-\frac{8}{16}"), ("375", "376")])
+def test_what_frames_a_whole_answer_says_nothing(frame, gold, wrong):
+    answers = [f"<answer>\n{frame % text}\n</answer>" for text in (gold, wrong)]
+    assert correctness_reward([None] * 2, answers, [gold] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"\frac{3}{16}", "(3/16)", "(3/17)"),
+        (r"150 \sqrt{3}", "150 sqrt(3)", "150 sqrt(2)"),
+        ("1133", "1\u202f133", "1\u202f134"),
+        ("5", "= 5", "> 5"),
+    ],
+)
+def test_a_value_in_another_notation(gold, right, wrong):
+    answers = [f"<answer>\n{text}\n</answer>" for text in (right, wrong)]
+    assert correctness_reward([None] * 2, answers, [gold] * 2) == [1.0, 0.0]
