@@ -2,10 +2,12 @@
 
 import inspect
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trainers import PROMPTS, lora, place_in_group, share_of_b
@@ -17,6 +19,7 @@ from dgrpo.models.adapters import merged_adapters
 from dgrpo.run import callbacks
 from dgrpo.tasks import TASKS
 from dgrpo.trainers.data import without_long_prompts
+from dgrpo.trainers.rollouts import rollout_metrics
 from dgrpo.views import MaskedViews
 
 
@@ -277,6 +280,13 @@ def test_what_a_shortcut_changes_is_logged_now_and_then(trainer, settings, measu
     ]
     assert len(passes) == 4
     assert (min(passes) < 1) == ("threshold" in settings)
+
+
+def test_steps_per_row_counts_the_steps_that_wrote(rollout):
+    # Six rows write at 1, 2, 3, 4, 5 and 5 different steps; the network ran five times.
+    at = torch.tensor([[0] * 5, [0, 0, 0, 0, 4], [0, 2, 2, 4, 4], [3, 2, 1, 0, 0], [*range(5)], [4, 3, 2, 1, 0]])
+    shown = rollout_metrics(replace(rollout, revealed_at=at, history=None), 1.0, None, Accelerator(cpu=True))
+    assert shown["rollout/steps_per_row"] == pytest.approx(20 / 6)
 
 
 def test_full_fine_tuning_keeps_a_reference_model(trainer, model, tokenizer, tmp_path):

@@ -80,6 +80,13 @@ def test_a_reward_of_weight_0_does_not_hide_that_nothing_has_a_reference(trainer
     assert "8 of 8 rows lack ['answer'], which asks asks for" in caplog.text
 
 
+def test_a_threshold_below_seven_tenths_is_warned_of(config, caplog):
+    config(threshold=0.7)
+    assert "threshold" not in caplog.text
+    config(threshold=0.5)
+    assert "threshold=0.5: below 0.7 a group's completions soon open alike" in caplog.text
+
+
 def numbers() -> list[str]:
     own = [field for field in dataclasses.fields(DiffuGRPOConfig) if not field.name.startswith("vllm_")]
     return [field.name for field in own if any(kind in str(field.type) for kind in ("int", "float"))]

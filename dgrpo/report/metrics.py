@@ -95,6 +95,10 @@ METRICS = (
         "well above one over num_generations",
     ),
     Metric("rollout/agreement", "share of tokens on which the fast sampler agrees with the exact one", "near 1"),
+    Metric(
+        "rollout/steps_per_row",
+        "steps at which a completion got tokens, in the mean; with a threshold it falls as the policy grows surer",
+    ),
     Metric("rollout/*", "cost and shape of the rollout: forward passes, and forward passes per token"),
     Metric("tokens_per_second", "completion tokens per second of sampling"),
     Metric("num_tokens", "tokens of prompts and completions so far"),

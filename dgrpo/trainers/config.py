@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 from packaging.version import Version
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from dgrpo.estimators import ESTIMATORS
@@ -20,6 +21,10 @@ if not Version("1.16") <= Version(trl.__version__) < Version("1.17"):
     raise ImportError(
         f"dgrpo overrides private methods of trl 1.16, not of {trl.__version__}: pip install 'trl>=1.16,<1.17'"
     )
+
+logger = logging.get_logger(__name__)
+# On the embedded word problems a threshold of 0.5 ended exploration, 0.7 did not.
+LOW_THRESHOLD = 0.7
 
 # Settings of TRL that speak of next-token generation or of another log-probability; honoured by nothing here.
 _REFUSED = {
@@ -236,6 +241,11 @@ class DiffuGRPOConfig(WritesNoSecrets, GRPOConfig):
         super().__post_init__()
         self.sampler()
         self._check_objective()
+        if self.threshold is not None and self.threshold < LOW_THRESHOLD:
+            logger.warning(
+                f"threshold={self.threshold}: below {LOW_THRESHOLD} a group's completions soon open alike and nothing "
+                "is explored; set 0.9, and judge by the exact sampler."
+            )
         if self.stop_on_collapse and not self.collapse_window:
             raise ValueError("stop_on_collapse=True with collapse_window=0: nothing is watched; set collapse_window.")
 

@@ -100,8 +100,11 @@ def rollout_metrics(rollout: Rollout, seconds: float, batch_size: int | None, ac
     """What a round of rollouts cost, and how many of its completions differ, over all processes."""
     num_tokens = rollout.completion_mask.sum()
     distinct = torch.cat([rollout.group[:, None], rollout.completion_ids], 1).unique(dim=0)
-    totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float()])
-    all_tokens, num_distinct = accelerator.reduce(totals, "sum").tolist()
+    # Steps at which a row wrote a token; -1 fills up the history.
+    written = rollout.history[:, :, 0].sort(dim=1).values
+    num_steps = (written.diff(dim=1, prepend=torch.full_like(written[:, :1], -1)) > 0).sum()
+    totals = torch.stack([num_tokens.float(), num_tokens.new_tensor(len(distinct)).float(), num_steps.float()])
+    all_tokens, num_distinct, all_steps = accelerator.reduce(totals, "sum").tolist()
     num_rows = len(rollout.completion_ids)
     rows_at_a_time = min(batch_size or num_rows, num_rows)
     return {
@@ -109,5 +112,6 @@ def rollout_metrics(rollout: Rollout, seconds: float, batch_size: int | None, ac
         "tokens_per_second": all_tokens / seconds,
         "rollout/forwards": float(rollout.num_forwards),
         "rollout/forwards_per_token": rollout.num_forwards * rows_at_a_time / num_tokens.item(),
+        "rollout/steps_per_row": all_steps / (num_rows * accelerator.num_processes),
         "rollout/distinct_completions": num_distinct / (num_rows * accelerator.num_processes),
     }
