@@ -116,9 +116,9 @@ def test_without_the_package_the_error_names_what_there_is(path, monkeypatch):
     ("name", "message"),
     [
         ("no_such_module:reward", "cannot import 'no_such_module'"),
-        ("own_rewards:no_such", "has no function 'no_such'"),
+        ("own_rewards:no_such", "has no 'no_such'"),
         ("own_rewards:constant", "has no function 'constant'"),
-        ("own_rewards:", "has no function ''"),
+        ("own_rewards:", "has no ''"),
     ],
 )
 def test_a_name_without_a_function_is_refused(path, name, message):
