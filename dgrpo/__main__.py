@@ -265,11 +265,11 @@ def study(arguments: argparse.Namespace) -> None:
 
 def check_rows(arguments: argparse.Namespace) -> None:
     """Puts the references of a dataset's training rows through rewards and says how many pass."""
+    from dgrpo.reliability.columns import check_columns
     from dgrpo.run.own_data import parse_own_data
     from dgrpo.run.validate import validate
     from dgrpo.tasks import find_task, load_rows
     from dgrpo.trainers.plugins import resolve_reward
-    from dgrpo.trainers.rewards import check_columns
 
     sys.path.append("")
     names, dataset = arguments.reward_funcs or [], arguments.dataset

@@ -142,7 +142,7 @@ def test_the_sizes_that_the_memory_page_starts_from_are_those_of_the_networks():
 
 
 def test_the_table_of_rewards_is_whole_and_names_their_columns():
-    from dgrpo.trainers.rewards import required_columns
+    from dgrpo.reliability.columns import required_columns
 
     written = re.findall(
         r"^\| `(rewards\.\w+:\w+)` \| [^|]+ \| ([^|]*)\|", (ROOT / "docs/rewards.md").read_text(), re.M

@@ -13,9 +13,9 @@ import pytest
 import torch
 from trainers import lora, place_in_group
 
+from dgrpo.reliability.columns import check_columns
 from dgrpo.reliability.rewards import guarded
 from dgrpo.trainers.plugins import REWARD_GROUP, resolve_reward
-from dgrpo.trainers.rewards import check_columns
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples/reward_package"

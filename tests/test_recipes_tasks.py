@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dgrpo.reliability.columns import check_columns
 from dgrpo.run.settings import parse_recipe
 from dgrpo.run.steps import rewards_of
 from dgrpo.tasks import TASKS, load_rows
-from dgrpo.trainers.rewards import check_columns
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("gsm8k", "math500", "countdown", "sudoku", "programs")

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import ModelConfig
 
+from dgrpo.reliability.rewards import guarded
 from dgrpo.run.settings import RecipeConfig, parse_recipe
 from dgrpo.run.steps import rewards_of
 from dgrpo.run.validate import call_reward
@@ -16,7 +17,6 @@ from dgrpo.tasks.columns import OwnData, own_data_task
 from dgrpo.tasks.sources import sources_of
 from dgrpo.trainers import DiffuGRPOConfig
 from dgrpo.trainers.plugins import load_function
-from dgrpo.trainers.rewards import guarded
 
 
 @dataclass

@@ -23,6 +23,7 @@ from dgrpo.cli import one_line_errors
 from dgrpo.models import load_model
 from dgrpo.models.loading import family_of, load_config
 from dgrpo.reliability.checks import check_blocks
+from dgrpo.reliability.columns import check_columns, checked_rewards
 from dgrpo.reliability.manifest import move_earlier_run_aside, refuse_to_mix_runs, resume_checkpoint, whole_checkpoints
 from dgrpo.reliability.same_run import refuse_another_run
 from dgrpo.report.data import write_curves, write_report
@@ -45,7 +46,6 @@ from dgrpo.run.validate import validated
 from dgrpo.tasks import EMBEDDED, EMBEDDED_MODELS, Task, load_rows
 from dgrpo.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 from dgrpo.trainers.plugins import configured_estimator, resolve_reward
-from dgrpo.trainers.rewards import check_columns, checked_rewards
 from dgrpo.trainers.rollouts import RolloutSource
 from dgrpo.trainers.sft import MaskedSFTConfig
 from dgrpo.trainers.sft import check_blocks as check_sft_blocks

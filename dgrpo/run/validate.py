@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers.utils import logging
 from trl.trainer.utils import get_callable_name
 
+from dgrpo.reliability.columns import required_columns
 from dgrpo.tasks import Task
-from dgrpo.trainers.rewards import required_columns
 from rewards.text import short_answer
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ from functools import partial
 from math import isfinite
 from typing import Any, Literal, get_args
 
-from dgrpo.dotted import imported
+from dgrpo.reliability.dotted import imported
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin", "sequential"]
 # Settings of parallel decoding, of which one at most is set.

@@ -1,6 +1,6 @@
 """Tasks: datasets, prompts and graders, the same for training and evaluation."""
 
-from dgrpo.dotted import imported
+from dgrpo.reliability.dotted import imported
 from dgrpo.tasks import countdown, gsm8k, math500, programs, sudoku
 from dgrpo.tasks.sources import read_rows
 from dgrpo.tasks.task import EMBEDDED, EMBEDDED_MODELS, Task, load_rows, prompt_messages

@@ -28,12 +28,12 @@ from dgrpo.noise import row_keys, stream
 from dgrpo.objectives import SHARED, Metrics, ObjectiveInputs, check_combination, facts_of, kl_k1, kl_k3
 from dgrpo.reliability.checkpoints import ExactResume
 from dgrpo.reliability.checks import check_blocks, context_length
+from dgrpo.reliability.columns import check_columns, check_dataset, checked_rewards
 from dgrpo.reliability.guards import CollapseGuard, RewardGuard, UpdateGuard
 from dgrpo.sampling import Rollout
 from dgrpo.trainers.config import DiffuGRPOConfig
 from dgrpo.trainers.data import EpochSampler, without_long_prompts
 from dgrpo.trainers.plugins import configured_estimator, configured_objective
-from dgrpo.trainers.rewards import check_columns, check_dataset, checked_rewards
 from dgrpo.trainers.rollouts import DenoisedRollouts, RolloutSource, rollout_metrics
 from dgrpo.views import MaskedViews, draw_views
 

@@ -8,9 +8,9 @@ from importlib.metadata import entry_points
 import torch
 from torch import Tensor
 
-from dgrpo.dotted import imported
 from dgrpo.estimators import ESTIMATORS
 from dgrpo.objectives import OBJECTIVES, SHARED, Metrics, check_combination, facts_of, name_of
+from dgrpo.reliability.dotted import imported
 from dgrpo.reliability.ranges import check_range
 from dgrpo.sampling import Rollout
 from dgrpo.views import MaskedViews
